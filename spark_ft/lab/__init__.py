@@ -1,0 +1,57 @@
+"""What only the notebooks use: checks, plots, the builder and the runner. Importing it silences two known messages."""
+
+import logging
+import warnings
+from typing import Any
+
+HEADLINE_TYPE = "application/vnd.spark-ft.headline+json"
+
+
+def quiet_known_messages() -> None:
+    """Filter the two messages that say nothing about your run, and no others.
+
+    bitsandbytes logs that an optional CPU kernel is not installed; PEFT 0.21 reads a flag that transformers 5 renamed.
+    """
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit")
+    )
+
+
+quiet_known_messages()
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, bool | int | float | str):
+        raise TypeError(f"a headline holds numbers, booleans and strings, not {type(value).__name__}: {value!r}")
+    return value
+
+
+def _shown(value: bool | int | float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Headline(dict):
+    """A lab's closing numbers: a dict that shows as a table and that `make labs` can read."""
+
+    def __repr__(self) -> str:
+        return "; ".join(f"{name} {_shown(value)}" for name, value in self.items())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from html import escape
+
+        rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(_shown(v))}</td></tr>" for k, v in self.items())
+        return {HEADLINE_TYPE: dict(self), "text/html": f"<table>{rows}</table>", "text/plain": repr(self)}
+
+
+def headline(numbers: dict[str, Any]) -> Headline:
+    """Return a lab's headline numbers; make it the last expression of the lab's last code cell.
+
+    Args:
+        numbers: name with unit → number, boolean or short string; the most telling one first, since the closing
+            table of `make labs` shows as many as fit. Tensors and NumPy scalars of one element become plain numbers.
+    """
+    if not numbers:
+        raise ValueError("headline({}): a lab ends with at least one number")
+    return Headline({name: _plain(value) for name, value in numbers.items()})

@@ -1,0 +1,276 @@
+"""Build the notebooks from their one source: labs/src/*.py → labs/solutions/*.ipynb (executed) and labs/*.ipynb.
+
+python -m spark_ft.lab.build                  every lab
+python -m spark_ft.lab.build lab-3.1.1-lora-theory --no-execute     text changed, code did not: keep the outputs
+"""
+
+import argparse
+import ast
+import copy
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[2]
+LABS = ROOT / "labs"
+MAX_BYTES = 400_000
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class BuildError(ValueError):
+    """A lab's source or output breaks a rule of the builder; the message names the lab, the cell and the mend."""
+
+
+def sources(names: list[str] | None = None, labs: Path = LABS) -> list[Path]:
+    """The labs' sources in the order of their numbers; `names` picks some: "3.1.1", "lab-3.1.1" or the whole name."""
+    found = sorted((labs / "src").glob("lab-*.py"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    if not names:
+        return found
+    starts = ["lab-" + re.sub(r"\.(py|ipynb)$", "", Path(name).name).removeprefix("lab-") for name in names]
+    for start in starts:
+        if not any(_is(path, start) for path in found):
+            raise BuildError(f"no lab is called {start!r} in {labs / 'src'}")
+    return [path for path in found if any(_is(path, start) for start in starts)]
+
+
+def _is(path: Path, start: str) -> bool:
+    return path.stem == start or path.stem.startswith(f"{start}-")
+
+
+def read_source(path: Path) -> NotebookNode:
+    """The solved notebook, not executed, of a py:percent source; the same text always gives the same notebook."""
+    notebook = jupytext.read(path, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen: dict[str, int] = {}
+    for number, cell in enumerate(notebook.cells, 1):
+        for drawn in ("lines_to_next_cell", "title"):
+            cell.metadata.pop(drawn, None)
+        if "nbgrader" in cell.metadata:
+            cell.metadata["nbgrader"] = _complete_grading(cell.metadata["nbgrader"], f"{path.name}, cell {number}")
+        cell.id = _cell_id(cell, seen)
+        _check_solution(cell, f"{path.name}, cell {number}")
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _complete_grading(given: dict, where: str) -> NotebookNode:
+    """nbgrader wants all seven fields in every cell; a source states only what differs from the usual."""
+    if not re.fullmatch(r"[A-Za-z][\w-]{0,63}", given.get("grade_id", "")):
+        raise BuildError(f'{where}: nbgrader needs a "grade_id" of letters, digits and dashes')
+    grade, solution = given.get("grade", False), given.get("solution", False)
+    if grade and "points" not in given:
+        raise BuildError(f'{where}: a graded cell needs "points"')
+    full = {"schema_version": 3, "grade": grade, "solution": solution, "locked": not solution, "task": False, **given}
+    return nbformat.from_dict(full)
+
+
+def _cell_id(cell: NotebookNode, seen: dict[str, int]) -> str:
+    name = cell.metadata.get("nbgrader", {}).get("grade_id")
+    if name:
+        if name in seen:
+            raise BuildError(f"grade_id {name!r} is used twice")
+        seen[name] = 1
+        return name
+    name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+    seen[name] = seen.get(name, 0) + 1
+    return name if seen[name] == 1 else f"{name}-{seen[name]}"
+
+
+def _check_solution(cell: NotebookNode, where: str) -> None:
+    """A solution region stands in a marked cell and inside a function, so that its stub cannot stop the notebook."""
+    lines = cell.source.split("\n")
+    begins = [i for i, line in enumerate(lines, 1) if BEGIN in line]
+    ends = [i for i, line in enumerate(lines, 1) if END in line]
+    marked = cell.metadata.get("nbgrader", {}).get("solution", False)
+    if marked != bool(begins) or len(begins) != len(ends):
+        raise BuildError(f'{where}: a cell marked "solution" holds {BEGIN} and {END}, and no other cell does')
+    if not begins or cell.cell_type != "code":
+        return
+    functions = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef)]
+    for begin, end in zip(begins, ends, strict=True):
+        # The END comment may stand below the function's last statement, so it is its indentation that counts.
+        inside = any(
+            f.body[0].lineno > f.lineno and f.lineno < begin < end and _covers(f, begin, end, lines) for f in functions
+        )
+        if not inside:
+            raise BuildError(f"{where}, line {begin}: a solution region stands inside a function (its stub raises)")
+
+
+def _covers(function: ast.FunctionDef, begin: int, end: int, lines: list[str]) -> bool:
+    indent = function.body[0].col_offset
+    within = [line for line in lines[begin - 1 : end] if line.strip()]
+    return begin <= function.end_lineno and all(len(line) - len(line.lstrip()) >= indent for line in within)
+
+
+def learners(solved: NotebookNode) -> NotebookNode:
+    """The learner's notebook of a solved one: nbgrader's ClearSolutions with numbered stubs, and no outputs."""
+    from nbgrader.preprocessors import ClearSolutions  # 1 s, and only builders pay for it
+
+    class NumberedStubs(ClearSolutions):
+        exercise = 0
+
+        def preprocess_cell(self, cell, resources, cell_index):
+            if cell.cell_type == "code" and BEGIN in cell.source:
+                self.exercise += 1
+                self.code_stub = {"python": f'raise NotImplementedError("your turn (exercise {self.exercise})")'}
+            return super().preprocess_cell(cell, resources, cell_index)
+
+    clear = NumberedStubs(begin_solution_delimeter=BEGIN, end_solution_delimeter=END, text_stub="*Your answer here.*")
+    notebook, _ = clear.preprocess(copy.deepcopy(solved), {})
+    return without_outputs(notebook)
+
+
+def without_outputs(notebook: NotebookNode) -> NotebookNode:
+    """The same notebook with no outputs and no execution counts."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def without_tag(notebook: NotebookNode, tag: str) -> NotebookNode:
+    """The same notebook without the cells that carry a tag."""
+    notebook = copy.deepcopy(notebook)
+    notebook.cells = [cell for cell in notebook.cells if tag not in cell.metadata.get("tags", [])]
+    return notebook
+
+
+def execute(notebook: NotebookNode, on_cell: Callable[[int], None] | None = None) -> NotebookNode:
+    """Execute in place, in a temporary folder since a lab may not depend on where it runs; keep constant metadata.
+
+    Args:
+        notebook: as `read_source` or `learners` give it.
+        on_cell: called with each cell's index before it runs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised; the notebook then holds its traceback.
+        nbclient.exceptions.DeadKernelError: the kernel died, most often for want of memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            record_timing=False,
+            coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that localhost is not encrypted
+            resources={"metadata": {"path": folder}},
+            on_cell_execute=(lambda cell, cell_index: on_cell(cell_index)) if on_cell else None,
+        )
+        try:
+            client.execute()
+        finally:
+            notebook.metadata = nbformat.from_dict(METADATA)
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    # A live widget means nothing without its kernel, and its id is drawn at random.
+                    cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    return notebook
+
+
+def check_outputs(notebook: NotebookNode, name: str, private: tuple[str, ...] = (str(ROOT), f"{Path.home()}/")) -> None:
+    """Refuse outputs that name this machine's folders, that hold stray warnings, or that weigh too much."""
+    for number, cell in enumerate(notebook.cells, 1):
+        for output in cell.get("outputs", []):
+            text = json.dumps(output, ensure_ascii=False)
+            for path in private:
+                if path in text:
+                    raise BuildError(f"{name}, cell {number}: its output names a folder of this machine, {path}")
+            if output.output_type == "stream" and output.name == "stderr":
+                raise BuildError(f"{name}, cell {number}: it writes to stderr: {output.text.strip()[:200]!r}")
+    size = len(nbformat.writes(notebook).encode())
+    if size > MAX_BYTES:
+        raise BuildError(f"{name}: {size / 1000:.0f} KB, more than {MAX_BYTES // 1000}; print less, or smaller figures")
+
+
+def keep_outputs(notebook: NotebookNode, old: NotebookNode) -> bool:
+    """Take over the outputs of an executed notebook with the same code; False (and nothing done) where code differs."""
+
+    def code(nb: NotebookNode) -> list[NotebookNode]:
+        return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+    if [cell.source for cell in code(notebook)] != [cell.source for cell in code(old)]:
+        return False
+    for cell, before in zip(code(notebook), code(old), strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    return True
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build(path: Path, run: bool = True) -> str:
+    """Build one lab's two notebooks from its source and say what was done.
+
+    Args:
+        path: labs/src/lab-3.1.N-name.py.
+        run: execute it; otherwise keep the outputs of the solved notebook that is there, if its code is the same.
+
+    Raises:
+        BuildError: the source or an output breaks a rule, or outputs are needed and `run` is false.
+    """
+    labs, name = path.parents[1], path.stem
+    solved = read_source(path)
+    write(learners(solved), labs / f"{name}.ipynb")
+    target = labs / "solutions" / f"{name}.ipynb"
+    started = time.perf_counter()
+    if run:
+        execute(solved)
+    elif not target.exists() or not keep_outputs(solved, nbformat.read(target, 4)):
+        raise BuildError(f"{name}: its code changed since it was executed; build it without --no-execute")
+    check_outputs(solved, name)
+    write(solved, target)
+    done = f"executed in {time.perf_counter() - started:.0f} s" if run else "outputs kept"
+    return f"{name}: {done}, {target.stat().st_size / 1000:.0f} KB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m spark_ft.lab.build", description="Build labs from labs/src.")
+    parser.add_argument("names", nargs="*", help="labs to build, by the start of their names; default: all")
+    parser.add_argument("--no-execute", action="store_true", help="only text changed: keep the stored outputs")
+    parser.add_argument("--labs", type=Path, default=LABS, help="the labs folder, which holds src/")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("SPARK_FT_PROFILE", "laptop")  # stored outputs are the ones that everybody can reproduce
+    failed = 0
+    try:
+        chosen = sources(options.names, options.labs)
+    except BuildError as error:
+        parser.error(str(error))
+    for path in chosen:
+        try:
+            print(build(path, run=not options.no_execute), flush=True)
+        except Exception as error:  # the next lab can still be built; a cell's traceback is the message
+            print(f"{path.stem}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
