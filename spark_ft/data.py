@@ -24,6 +24,10 @@ def _text(value: Any) -> str | None:
         return f"must be a text, not {_type_name(value)}; put it in quotes"
     if not value.strip():
         return "is empty; fill it in or drop the row"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # json lets lone surrogates through, tokenizers do not
+        return r"holds half a character (a lone \ud800–\udfff escape); save the text again from its source as UTF-8"
     return None
 
 
@@ -40,11 +44,11 @@ def _messages(value: Any) -> str | None:
         return "is empty; fill it in or drop the row"
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            return f"[{i}] must be an object with role and content, not {_type_name(message)}"
+            return f"at [{i}] must be an object with role and content, not {_type_name(message)}"
         if message.get("role") not in ROLES:
-            return f"[{i}] has the role {json.dumps(message.get('role'))}; use one of {', '.join(ROLES)}"
+            return f"at [{i}] has the role {json.dumps(message.get('role'))}; use one of {', '.join(ROLES)}"
         if complaint := _text(message["content"]) if "content" in message else "is missing; fill it in or drop the row":
-            return f'[{i}] "content" {complaint}'
+            return f'at [{i}]: "content" {complaint}'
     return None
 
 
@@ -113,7 +117,7 @@ def _complaint(record: Any, kind: str) -> str | None:
         if field not in record:
             return f'"{field}" is missing; a row of kind "{kind}" has {", ".join(KINDS[kind])}'
         if complaint := check(record[field]):
-            return f'"{field}" {complaint}' if complaint[0] != "[" else f'"{field}"{complaint}'
+            return f'"{field}" {complaint}'
     if kind == "preference" and record["chosen"] == record["rejected"]:
         return '"chosen" equals "rejected"; a pair teaches nothing if both are the same, so change one or drop the row'
     return None

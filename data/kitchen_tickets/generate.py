@@ -16,7 +16,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 SEED = 20
 LEAD_IN = "Kitchen ticket as JSON:\n"
-NEAR = 0.7  # word trigrams shared, |A∩B| / |A∪B|, from which two prompts count as near duplicates
+NEAR = 0.6  # word trigrams shared, |A∩B| / |A∪B|, from which two prompts count as near duplicates
 
 
 class Dish(NamedTuple):
@@ -132,8 +132,7 @@ SEEN_STYLES = [
     Style("dashes", "table {table}\n{items}{allergy}", "- {n} {dish}{how}{no}{add}", "\n", DIGITS,
           ", {}", ", no {}~, hold {}", ", add {}~, extra {}", "\nallergy: {}"),
     Style("polite", "Could I please have {items} for table {table}?{allergy}", "{n} {dish}{how}{no}{add}",
-          ", and also ",
-          WORDS, " cooked {}~, {}", " without the {}~, no {} please", " with some extra {}~, adding {}",
+          ", and also ", WORDS, " cooked {}~, {}", " without the {}~, no {} please", " with some extra {}~, adding {}",
           " They mentioned a {} allergy.~ Please mind, they are allergic to {}."),
     Style("ok_so", "ok so table {table} wants {items}{allergy}", "{n} {dish}{how}{no}{add}", " and then ", WORDS,
           " {}", " but no {}~ hold the {}", " with {} added~ and extra {} on it", " oh and theyre allergic to {}"),
@@ -156,8 +155,7 @@ SEEN_STYLES = [
     Style("hey", "hey, can you put in {items}? its for {table}.{allergy}", "{n} {dish}{how}{no}{add}", " and ", WORDS,
           ", {}", ", no {}~, skip the {}", ", extra {}~, with {} too", " allergic to {} btw."),
     Style("decided", "Table {table} finally decided. {items}.{allergy}", "They'll take {n} {dish}{how}{no}{add}",
-          ". ", WORDS,
-          ", {}", ", hold the {}~, and no {}", ", and add {}~, and extra {}", " Also, {} allergy there."),
+          ". ", WORDS, ", {}", ", hold the {}~, and no {}", ", and add {}~, and extra {}", " Also, {} allergy there."),
     Style("fragments", "New order. Table {table}. {items}{allergy}", "{n} {dish}.{how}{no}{add}", " ",
           "One Two Three Four", " Make it {}.~ Cooked {}.", " No {}.~ Without {}.", " Extra {}.~ Add {}.",
           " Allergy: {}.~ Allergic to {}."),
@@ -168,8 +166,7 @@ SEEN_STYLES = [
     Style("count_last", "{table}: {items}{allergy}", "{dish}{how}{no}{add} ({n})", ", ", DIGITS,
           " {}", " no {}~ hold {}", " extra {}~ with {}", ". {} allergy"),
     Style("please_make", "Please make {items}. It goes to table {table}.{allergy}", "{n} {dish}{how}{no}{add}",
-          ", and ",
-          WORDS, ", {}", ", without any {}~, no {}", ", with more {}~, with extra {}",
+          ", and ", WORDS, ", {}", ", without any {}~, no {}", ", with more {}~, with extra {}",
           " The guest is allergic to {}.~ There is a {} allergy at the table."),
     Style("letters", "Table {table} order:\n{items}{allergy}", "* {dish}: {n}{how}{no}{add}", "\n", DIGITS,
           ", {}", ", NO {}~, no {}", ", EXTRA {}~, extra {}", "\n* {} ALLERGY"),
@@ -182,8 +179,7 @@ SEEN_STYLES = [
           WORDS, ", {}", ", hold {}~, without {}",
           ", add some {}~, extra {}", " {} allergy!"),
     Style("sitting_here", "I'm at table {table}: they say {items}{allergy}", "{n} {dish}{how}{no}{add}", ", also ",
-          WORDS,
-          ", {} please~, {}", ", no {}~, and take off the {}", ", and more {}~, extra {}", ". and an allergy to {}"),
+          WORDS, ", {} please~, {}", ", no {}~, and take off the {}", ", and more {}~, extra {}", ". and an allergy to {}"),
     Style("up_next", "Up next {items}. Table is {table}.{allergy}", "{n} times {dish}{how}{no}{add}", ", ", WORDS,
           " {}", " hold {}~ no {}", " add {}~ extra {}", " Allergy is {}."),
     Style("sending", "sending table {table} {items}{allergy}", "{n} {dish}{how}{no}{add}", " / ", WORDS,
@@ -201,22 +197,18 @@ UNSEEN_STYLES = [
     Style("semicolons", "tbl{table};{items}{allergy}", "{n};{dish}{how}{no}{add}", ";", DIGITS,
           ";{}", ";no {}", ";extra {}", ";allergy {}"),
     Style("thats_all", "{items}... that's everything for number {table}{allergy}", "{n} {dish}{how}{no}{add}",
-          "... ", WORDS,
-          " nice and {}", ", drop the {}~, zero {}", ", throw in {}~, load up on {}", ", heads up {} allergy"),
+          "... ", WORDS, " nice and {}", ", drop the {}~, zero {}", ", throw in {}~, load up on {}", ", heads up {} allergy"),
     Style("what_where", "What: {items}. Where: table {table}.{allergy}", "{n} {dish}{how}{no}{add}", " / ", DIGITS,
           ", how: {}", ", off: {}", ", on: {}", " Allergy: {}."),
     Style("signs", "tab.{table} {items}{allergy}", "{n}*{dish}{how}{no}{add}", " ... ", DIGITS,
           " @{}", " w/out {}", " w/ xtra {}", " *{} allergy*"),
     Style("when_you_can", "Kitchen, when you can: {table} is still waiting on {items}.{allergy}",
-          "{dish} ({n}{how}{no}{add})",
-          " and ", WORDS, ", {}", ", {} removed~, free of {}", ", {} on the side as an extra~, double {}",
+          "{dish} ({n}{how}{no}{add})", " and ", WORDS, ", {}", ", {} removed~, free of {}", ", {} on the side as an extra~, double {}",
           " Somebody reacts badly to {}, so treat it as an allergy."),
     Style("check", "add to the check of table {table}:{items}{allergy}", " {n} of the {dish}{how}{no}{add}", ",",
-          DIGITS,
-          " / {}", " / take out {}", " / put in {}", ". guest cannot eat {} (allergy)"),
+          DIGITS, " / {}", " / take out {}", " / put in {}", ". guest cannot eat {} (allergy)"),
     Style("repeat_back", "Repeating that back: {items}, table {table}. {allergy}Right?", "{n} {dish}{how}{no}{add}",
-          ", ", WORDS,
-          " {} style", " and absolutely no {}~ and lose the {}", " and a bit of extra {}~ and put {} on",
+          ", ", WORDS, " {} style", " and absolutely no {}~ and lose the {}", " and a bit of extra {}~ and put {} on",
           "And the allergy was {}. "),
     Style("done_when", "once you're free do {items} ... {table} ordered it{allergy}",
           "{dish} times {n}{how}{no}{add}", ", next ", WORDS, ", want it {}", ", dont put {}~, {} not wanted",
@@ -226,11 +218,11 @@ UNSEEN_STYLES = [
 
 def draw_order(rng: random.Random, menu: list[Dish]) -> dict:
     """An order as the ticket shows it: keys always in this order, what was not asked for left out."""
-    dishes = rng.sample(menu, rng.choices((1, 2), (3, 2))[0])
+    dishes = rng.sample(menu, rng.choices((1, 2), (11, 9))[0])
     items = []
     for dish in dishes:
         item = {"qty": rng.choices((1, 2, 3, 4), (5, 4, 2, 1))[0], "dish": dish.name}
-        wishes = {"how": 0.7, "no": 0.45, "add": 0.3} if len(dishes) == 1 else {"how": 0.55, "no": 0.35, "add": 0.2}
+        wishes = {"how": 0.8, "no": 0.6, "add": 0.45} if len(dishes) == 1 else {"how": 0.7, "no": 0.4, "add": 0.25}
         for wish, chance in wishes.items():
             if getattr(dish, wish) and rng.random() < chance:
                 item[wish] = rng.choice(getattr(dish, wish).split("|"))
@@ -270,19 +262,26 @@ def near(a: set, b: set) -> bool:
     return len(a & b) >= NEAR * len(a | b)
 
 
-def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, taken: list[set], apart: list[set]) -> list:
-    """`count` rows, the styles in turn; none a near duplicate of one `apart`, none equal to one of `taken`."""
+def without_table(order: dict) -> str:
+    return json.dumps({key: value for key, value in order.items() if key != "table"})
+
+
+def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, earlier: list[dict]) -> list[dict]:
+    """`count` rows, the styles in turn: no two notes alike, and no note or order of an `earlier` split come again."""
     styles = SEEN_STYLES if phrasing == "seen" else UNSEEN_STYLES
     menu = SEEN_DISHES if dishes == "seen" else UNSEEN_DISHES
-    rows = []
+    own: list[set] = []
+    others = [trigrams(row["prompt"]) for row in earlier]
+    orders = {without_table(json.loads(row["completion"])) for row in earlier}
+    rows: list[dict] = []
     while len(rows) < count:
         style = styles[len(rows) % len(styles)]
         order = draw_order(rng, menu)
         prompt = LEAD_IN + write_note(rng, order, style)
         grams = trigrams(prompt)
-        if grams in taken or any(near(grams, other) for other in apart):
+        if grams in own or without_table(order) in orders or any(near(grams, other) for other in others):
             continue
-        taken.append(grams)
+        own.append(grams)
         ticket = json.dumps(order, separators=(",", ":"))
         rows.append(
             {"prompt": prompt, "completion": ticket, "phrasing": phrasing, "dishes": dishes, "style": style.name}
@@ -292,18 +291,15 @@ def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, taken:
 
 
 def make() -> dict[str, list[dict]]:
-    """All three splits, the same on every machine and Python: only random(), choice and their kin of one Random."""
+    """All three splits, the same on every machine and Python: one Random draws everything, in one order."""
     rng = random.Random(SEED)
-    taken: list[set] = []
-    train = draw_rows(rng, 600, "seen", "seen", taken, [])
-    learned = list(taken)
-    validation = draw_rows(rng, 100, "seen", "seen", taken, learned)
-    learned = list(taken)
+    train = draw_rows(rng, 600, "seen", "seen", [])
+    validation = draw_rows(rng, 100, "seen", "seen", train)
     test = [
         row
         for phrasing in ("seen", "unseen")
         for dishes in ("seen", "unseen")
-        for row in draw_rows(rng, 50, phrasing, dishes, taken, learned)
+        for row in draw_rows(rng, 50, phrasing, dishes, train + validation)
     ]
     return {"train": train, "validation": validation, "test": test}
 
