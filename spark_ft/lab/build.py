@@ -1,7 +1,8 @@
 """Build the notebooks from their one source: labs/src/*.py → labs/solutions/*.ipynb (executed) and labs/*.ipynb.
 
-python -m spark_ft.lab.build                  every lab
-python -m spark_ft.lab.build lab-3.1.1-lora-theory --no-execute     text changed, code did not: keep the outputs
+Use:
+    python -m spark_ft.lab.build                        every lab
+    python -m spark_ft.lab.build 3.1.1 --no-execute     text changed, code did not: keep the stored outputs
 """
 
 import argparse
