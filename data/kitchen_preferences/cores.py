@@ -1,0 +1,71 @@
+"""What the generators of data/ share: the hand-written cores, both spellings of a quantity, and writing or checking."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+QUANTITY = re.compile(r"\{([^|{}]+)\|([^|{}]+)\}")  # {metric|imperial}
+
+
+class Core(NamedTuple):
+    name: str
+    questions: list[str]  # several ways to ask for the same thing
+    answers: list[str]  # several wordings that each answer any of the questions, quantities in both spellings
+
+
+def read_cores(split: str) -> list[Core]:
+    """The cores of cores_train.txt or cores_test.txt: `# name`, `Q: question`, `A: answer`."""
+    cores = []
+    for line in (HERE / f"cores_{split}.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            cores.append(Core(line[2:], [], []))
+        elif line:
+            (cores[-1].questions if line.startswith("Q: ") else cores[-1].answers).append(line[3:])
+    return cores
+
+
+def metric(answer: str, long: bool = False) -> str:
+    """The answer in metric units; `long` writes grams and degrees Celsius out."""
+    text = QUANTITY.sub(r"\1", answer).replace("-18°", "−18°")
+    if long:
+        text = re.sub(r"(?<=\d) g\b", " grams", text).replace("°C", " degrees Celsius", 1)
+    return re.sub(r"(?<=\d)°", " °", text)
+
+
+def imperial(answer: str, long: bool = False) -> str:
+    """The answer in imperial units; `long` writes ounces and degrees Fahrenheit out."""
+    text = QUANTITY.sub(r"\2", answer)
+    if long:
+        text = text.replace("°F", " degrees Fahrenheit", 1)
+    else:
+        text = re.sub(r"(?<=[\d½¾])( |-)ounces?\b", r"\1oz", text)
+    return re.sub(r"(?<=\d)°", " °", text)
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_or_check(folder: Path, texts: dict[str, str], about: str) -> int:
+    """Write each file whole, or with --check only compare; the exit status is 1 if one differs."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
+    check = parser.parse_args().check
+    stale = []
+    for name, text in texts.items():
+        path = folder / name
+        if check:
+            if not path.exists() or path.read_bytes() != text.encode():
+                stale.append(name)
+        else:
+            part = path.with_name(path.name + ".part")
+            part.write_bytes(text.encode())
+            os.replace(part, path)
+    if stale:
+        print(f"{', '.join(stale)}: not what generate.py makes; run it without --check", file=sys.stderr)
+    return 1 if stale else 0
