@@ -1,0 +1,234 @@
+"""The kitchen tickets: what the card says of them is so, and held-out rows are held out."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from spark_ft.data import read_records, render
+from spark_ft.models import load_tokenizer
+
+FOLDER = Path(__file__).parents[1] / "data" / "kitchen_tickets"
+SPLITS = ("train", "validation", "test")
+WORDS = {"one": 1, "two": 2, "three": 3, "four": 4}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {split: read_records(FOLDER / f"{split}.jsonl", "sft") for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("kitchen_tickets_generate", FOLDER / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(folder: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(folder / "generate.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+    )
+
+
+def words(text: str) -> list[str]:
+    """Lower case, no punctuation, each number a #: what two notes are compared by."""
+    return ["#" if w.isdigit() or w in WORDS else w for w in re.findall(r"[a-z]+|\d+", text.lower())]
+
+
+# --- the files, their generator and their card ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "77"])
+def test_the_generator_writes_the_three_files_byte_for_byte(tmp_path, hash_seed):
+    shutil.copy(FOLDER / "generate.py", tmp_path)
+    assert run(tmp_path, hash_seed=hash_seed).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generate.py", *sorted(f"{s}.jsonl" for s in SPLITS)]
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()
+
+
+def test_check_names_a_changed_or_missing_file_and_writes_nothing(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    assert run(folder, "--check").returncode == 0
+    changed = (folder / "test.jsonl").read_bytes().replace(b'{\\"table\\":', b'{\\"Table\\":', 1)
+    (folder / "test.jsonl").write_bytes(changed)
+    (folder / "validation.jsonl").unlink()
+    result = run(folder, "--check")
+    assert result.returncode == 1
+    assert "validation.jsonl, test.jsonl: not what generate.py makes; run it without --check" in result.stderr
+    assert (folder / "test.jsonl").read_bytes() == changed
+    assert not (folder / "validation.jsonl").exists()
+
+
+def test_the_card_tells_each_files_rows_tokens_and_hash(rows):
+    card = (FOLDER / "README.md").read_text()
+    tokenizer = load_tokenizer()
+    for split in SPLITS:
+        rendered = [render(row, tokenizer) for row in rows[split]]
+        lengths = [len(prompt) + len(completion) for prompt, completion in rendered]
+        answers = [len(completion) for _, completion in rendered]
+        digest = hashlib.sha256((FOLDER / f"{split}.jsonl").read_bytes()).hexdigest()
+        line = (
+            f"| {split}.jsonl | {len(lengths)} | {statistics.mean(lengths):.1f} | {statistics.mean(answers):.1f} "
+            f"| {max(lengths)} | `{digest}` |"
+        )
+        assert line in card, f"the card should have this line: {line}"
+        assert max(answers) <= 80, "lab 3.1.4 generates 80 tokens at most"
+    note = tokenizer(rows["train"][0]["prompt"], add_special_tokens=False).input_ids
+    own = len(render(rows["train"][0], tokenizer)[0]) - len(note) + 1  # and the answer's end of turn
+    assert f"{own} of them are the template's own" in card
+
+
+def test_the_cards_example_is_a_ticket_that_the_generator_could_write(generator):
+    card = (FOLDER / "README.md").read_text()
+    note = re.search(r"> Kitchen ticket as JSON:\n> (.*)\n", card)[1]
+    order = json.loads(re.search(r"```json\n(.*)\n```", card)[1])
+    style = next(style for style in generator.SEEN_STYLES if style.name == "hey")
+    notes = {generator.write_note(generator.random.Random(seed), order, style) for seed in range(40)}
+    assert note in notes
+
+
+def test_the_cards_counts_are_the_files(rows):
+    card = (FOLDER / "README.md").read_text()
+    count = {}
+    for phrasing in ("seen", "unseen"):
+        count[phrasing] = len({r["style"] for s in SPLITS for r in rows[s] if r["phrasing"] == phrasing})
+    seen, unseen = (dishes_of(rows, kind) for kind in ("seen", "unseen"))
+    assert f"| train, validation | {count['seen']} seen | {len(seen)} seen | 600, 100 |" in card
+    assert f"| test | {count['unseen']} unseen | {len(unseen)} unseen | 50 |" in card
+    assert (count["seen"] >= 24, count["unseen"] >= 8, len(seen) >= 40, len(unseen) >= 15) == (True,) * 4
+
+
+# --- a row ----------------------------------------------------------------------------------------------------------
+
+
+def dishes_of(rows, kind: str) -> set[str]:
+    tickets = (json.loads(row["completion"]) for s in SPLITS for row in rows[s] if row["dishes"] == kind)
+    return {item["dish"] for ticket in tickets for item in ticket["items"]}
+
+
+def test_splits_have_their_sizes_and_parts(rows):
+    parts = {split: Counter((row["phrasing"], row["dishes"]) for row in rows[split]) for split in SPLITS}
+    assert parts == {
+        "train": {("seen", "seen"): 600},
+        "validation": {("seen", "seen"): 100},
+        "test": {(p, d): 50 for p in ("seen", "unseen") for d in ("seen", "unseen")},
+    }
+
+
+def test_every_ticket_is_compact_with_its_keys_in_order_and_nothing_empty(rows):
+    for row in (row for split in SPLITS for row in rows[split]):
+        ticket = json.loads(row["completion"])
+        assert row["completion"] == json.dumps(ticket, separators=(",", ":"))
+        assert list(ticket) in (["table", "items"], ["table", "items", "allergy"])
+        assert 1 <= ticket["table"] <= 30
+        assert 1 <= len(ticket["items"]) <= 2
+        for item in ticket["items"]:
+            assert list(item) == [key for key in ("qty", "dish", "how", "no", "add") if key in item]
+            assert item["qty"] in (1, 2, 3, 4)
+            assert all(text for text in item.values())
+
+
+def test_every_value_of_a_ticket_stands_in_its_note(rows):
+    for row in (row for split in SPLITS for row in rows[split]):
+        note = row["prompt"].removeprefix("Kitchen ticket as JSON:\n")
+        assert note != row["prompt"], "the lead-in is the same in every row"
+        ticket = json.loads(row["completion"])
+        texts = [value for item in ticket["items"] for value in item.values() if isinstance(value, str)]
+        for text in [*texts, *([ticket["allergy"]] if "allergy" in ticket else [])]:
+            assert re.search(rf"(?<![a-z]){re.escape(text)}(?![a-z])", note), f"{text!r} is not in {note!r}"
+        numbers = Counter(WORDS.get(w) or int(w) for w in re.findall(r"\d+|one|two|three|four", note.lower()))
+        wanted = Counter([ticket["table"], *(item["qty"] for item in ticket["items"])])
+        assert wanted <= numbers, f"a number of {row['completion']} is not in {note!r}"
+
+
+def test_a_note_says_nothing_of_food_that_its_ticket_leaves_out(rows, generator):
+    menu = {dish.name: dish for dish in [*generator.SEEN_DISHES, *generator.UNSEEN_DISHES]}
+    for row in (row for split in SPLITS for row in rows[split]):
+        ticket = json.loads(row["completion"])
+        rest = row["prompt"].lower()
+        asked = [value for item in ticket["items"] for value in item.values() if isinstance(value, str)]
+        for text in sorted(asked, key=len, reverse=True):
+            rest = rest.replace(text, "", 1)
+        for item in ticket["items"]:
+            dish = menu[item["dish"]]
+            for wish in filter(None, "|".join([dish.how, dish.no, dish.add]).split("|")):
+                assert not re.search(rf"(?<![a-z]){re.escape(wish)}(?![a-z])", rest), f"{wish!r} is left in {rest!r}"
+
+
+def test_no_guest_is_served_the_allergen_they_named(rows, generator):
+    menu = {dish.name: dish for dish in [*generator.SEEN_DISHES, *generator.UNSEEN_DISHES]}
+    assert all(set(dish.has.split()) <= set(generator.ALLERGENS) for dish in menu.values())
+    for row in (row for split in SPLITS for row in rows[split]):
+        ticket = json.loads(row["completion"])
+        for item in ticket["items"]:
+            assert ticket.get("allergy") not in menu[item["dish"]].has.split(), row["completion"]
+
+
+# --- held out is held out -------------------------------------------------------------------------------------------
+
+
+def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation(rows):
+    learned = rows["train"] + rows["validation"]
+    notes = "\n".join(row["prompt"].lower() for row in learned)
+    unseen = dishes_of(rows, "unseen")
+    assert not unseen & dishes_of(rows, "seen")
+    assert not [dish for dish in unseen if dish in notes]
+    styles = {kind: {row["style"] for row in rows["test"] if row["phrasing"] == kind} for kind in ("seen", "unseen")}
+    assert styles["seen"] == {row["style"] for row in learned}, "each seen phrasing is trained on and tested"
+    assert not styles["unseen"] & styles["seen"]
+
+
+def test_phrasings_are_sentences_of_their_own(generator):
+    """Two phrasings differ in what is left of a note once dishes, wishes and numbers are taken away."""
+    order = {"table": 7, "items": [{"qty": 2, "dish": "dish", "how": "how", "no": "no", "add": "add"}] * 2}
+    order["allergy"] = "allergen"
+    frames = {}
+    for style in [*generator.SEEN_STYLES, *generator.UNSEEN_STYLES]:
+        notes = (generator.write_note(generator.random.Random(seed), order, style) for seed in range(20))
+        frames[style.name] = {re.sub(r"\w*\d+|two|dish|how|no|add|allergen", "", note, flags=re.I) for note in notes}
+    names = list(frames)
+    assert len(names) == len(set(names)) == len(generator.SEEN_STYLES) + len(generator.UNSEEN_STYLES)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert not frames[name] & frames[other], f"{name} and {other} can write the same note"
+
+
+def test_no_note_is_equal_or_nearly_equal_across_splits(rows):
+    grams = {
+        split: [set(zip(w, w[1:], w[2:], strict=False)) for w in (words(row["prompt"]) for row in rows[split])]
+        for split in SPLITS
+    }
+    for held_out, earlier in (("validation", ["train"]), ("test", ["train", "validation"])):
+        known = [g for split in earlier for g in grams[split]]
+        for row, g in zip(rows[held_out], grams[held_out], strict=True):
+            nearest = max(len(g & k) / len(g | k) for k in known)
+            assert nearest < 0.6, f"{row['prompt']!r} shares {nearest:.0%} of its trigrams with an earlier split"
+
+
+def test_no_order_comes_twice_across_splits_and_no_note_within_one(rows):
+    def order(row):
+        ticket = json.loads(row["completion"])
+        return json.dumps({key: value for key, value in ticket.items() if key != "table"})
+
+    orders = {split: {order(row) for row in rows[split]} for split in SPLITS}
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not orders[a] & orders[b], f"{a} and {b} share orders"
+    for split in SPLITS:
+        notes = [tuple(words(row["prompt"])) for row in rows[split]]
+        assert len(set(notes)) == len(notes), f"{split} has a note twice"
