@@ -9,11 +9,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label that transformers' and torch's cross-entropy leave out
 ROLES = ("system", "user", "assistant", "tool")
@@ -128,7 +131,7 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Token ids of what the model is given and of what it should answer, by the tokenizer's own chat template.
 
     prompt ids + completion ids = the whole conversation, up to and including the answer's end-of-turn token; what the
@@ -140,8 +143,11 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
-        ValueError: the chat does not end with the assistant, or the template does not keep the prompt as a prefix.
+        ValueError: a field is missing, empty or of the wrong type; the chat does not end with the assistant; the
+            template does not keep the prompt's tokens as a prefix, or does not end the turn.
     """
+    if complaint := _complaint(record, "chat" if "messages" in record else "sft"):
+        raise ValueError(complaint)
     if "messages" in record:
         messages = record["messages"]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -169,8 +175,8 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def collate_sft(
-    records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 1024
-) -> dict[str, Tensor]:
+    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int = 1024
+) -> dict[str, Int[Tensor, "rows length"]]:
     """One right-padded batch for supervised fine-tuning; only completion tokens carry a label.
 
     labels[b, t] = input_ids[b, t] where t is in b's completion (its end-of-turn token too), −100 elsewhere. They are
@@ -191,11 +197,11 @@ def collate_sft(
 
 def sft_batches(
     records: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     seed: int = 0,
     max_length: int = 1024,
-) -> Callable[[int], dict[str, Tensor]]:
+) -> Callable[[int], dict[str, Int[Tensor, "rows length"]]]:
     """The batch of optimizer step t, as a pure function of (seed, t): a resumed run asks for the step it stopped at.
 
     The rows form one endless stream: epoch after epoch, each a seeded permutation of all N rows. Step t takes rows
@@ -218,7 +224,7 @@ def sft_batches(
         random.Random(f"{seed}/{epoch}").shuffle(order)
         return order
 
-    def batch(step: int) -> dict[str, Tensor]:
+    def batch(step: int) -> dict[str, Int[Tensor, "rows length"]]:
         places = (divmod(i, len(rows)) for i in range(step * batch_size, (step + 1) * batch_size))
         return _pad([rows[epoch_order(epoch)[i]] for epoch, i in places], tokenizer)
 
@@ -226,7 +232,7 @@ def sft_batches(
 
 
 def _encode(
-    records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion ids of each row, the prompt cut from its start where the row is too long."""
     if not len(records):
@@ -248,7 +254,9 @@ def _encode(
     return rows
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def _pad(
+    rows: list[tuple[list[int], list[int]]], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Int[Tensor, "rows length"]]:
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     # Padding is known by its place, never by its id: here pad and eos are the same token, and eos must be learned.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -167,7 +167,8 @@ def test_render_refuses_a_template_that_never_ends_the_turn(tokenizer):
 # An answer that starts with white space is refused (above), so the first character is a visible one.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<|"), max_size=40)
 ANSWER = st.builds(lambda a, b: a + b, st.sampled_from("Aé{7½魚"), TEXT)
-ROWS = st.lists(st.fixed_dictionaries({"prompt": TEXT, "completion": ANSWER}), min_size=1, max_size=5)
+QUESTION = TEXT.filter(str.strip)
+ROWS = st.lists(st.fixed_dictionaries({"prompt": QUESTION, "completion": ANSWER}), min_size=1, max_size=5)
 
 
 def unpad(batch):
@@ -219,6 +220,13 @@ def test_a_completion_that_does_not_fit_is_refused_with_the_length_it_needs(toke
 def test_a_row_that_cannot_be_rendered_is_named_by_its_index(tokenizer):
     with pytest.raises(ValueError, match=r'row 1: "messages" must end with an answer'):
         collate_sft([ROW, {"messages": CHAT["messages"][:1]}], tokenizer)
+
+
+def test_rows_that_never_were_in_a_file_are_checked_too(tokenizer):
+    with pytest.raises(ValueError, match='row 1: "completion" is missing'):
+        collate_sft([ROW, without(ROW, "completion")], tokenizer)
+    with pytest.raises(ValueError, match='row 0: "prompt" must be a text, not null'):
+        sft_batches([{**ROW, "prompt": None}], tokenizer, 1)
 
 
 @pytest.mark.parametrize("make", [collate_sft, lambda rows, tokenizer: sft_batches(rows, tokenizer, 2)])
