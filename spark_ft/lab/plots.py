@@ -26,7 +26,7 @@ COLORS = {
     "package": "#9a2a45",
     "reference": "#2b7f86",
     "other": "#d98a2b",
-    "control": "#b9bcc2",
+    "control": "#bfc2c8",
 }
 # The same roles as keywords for plot and errorbar: no line depends on its colour alone.
 LINE = {

@@ -1,0 +1,232 @@
+"""The builder keeps its rules, and the notebooks in labs/ are what their sources say."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_output
+
+from spark_ft.lab import build
+from spark_ft.lab.build import BEGIN, END, BuildError, learners, read_source, without_tag
+
+LAB = '''# %% [markdown]
+# # Doubling
+
+# %%
+import math
+
+# %% nbgrader={"grade_id": "double", "solution": true}
+def double(x):
+    """Twice x."""
+    ### BEGIN SOLUTION
+    y = 2 * x
+    return y
+    ### END SOLUTION
+
+# %% tags=["experiment"]
+print("trained")
+
+# %% nbgrader={"grade_id": "halve", "solution": true}
+class Halver:
+    def __init__(self, x):
+        self.x = x
+
+    def halve(self):
+        ### BEGIN SOLUTION
+        return self.x / 2
+        ### END SOLUTION
+
+# %%
+print("same")
+
+# %%
+print("same")
+'''
+
+
+@pytest.fixture
+def lab(tmp_path):
+    path = tmp_path / "labs" / "src" / "lab-9.1.1-doubling.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(LAB)
+    return path
+
+
+def outline(notebook):
+    """What a built notebook is compared by: everything but outputs and execution counts."""
+    cells = [(cell.id, cell.cell_type, cell.source, dict(cell.metadata)) for cell in notebook.cells]
+    return cells, dict(notebook.metadata), notebook.nbformat, notebook.nbformat_minor
+
+
+def outside_regions(source):
+    return re.sub(rf"^ *{BEGIN}\n.*?^ *{END}$", "<region>", source, flags=re.M | re.S)
+
+
+def test_read_source_is_deterministic_with_unique_stable_ids(lab):
+    once, twice = read_source(lab), read_source(lab)
+    assert outline(once) == outline(twice)
+    ids = [cell.id for cell in once.cells]
+    assert len(set(ids)) == len(ids)
+    assert ids[2] == "double"
+    assert ids[-1] == f"{ids[-2]}-2", "two equal cells still get two ids"
+    lab.write_text("# %% [markdown]\n# A new first cell\n\n" + LAB)
+    assert [cell.id for cell in read_source(lab).cells][1:] == ids, "an inserted cell leaves the other ids alone"
+
+
+def test_read_source_completes_nbgrader_fields(lab):
+    assert read_source(lab).cells[2].metadata["nbgrader"] == {
+        "grade_id": "double", "grade": False, "solution": True, "locked": False, "task": False, "schema_version": 3,
+    }  # fmt: skip
+
+
+def test_learners_has_numbered_stubs_and_nothing_of_the_solution(lab):
+    cells = learners(read_source(lab)).cells
+    assert cells[2].source.endswith('    """Twice x."""\n    raise NotImplementedError("your turn (exercise 1)")')
+    assert cells[4].source.endswith('        raise NotImplementedError("your turn (exercise 2)")')
+    assert "self.x / 2" not in nbformat.writes(learners(read_source(lab)))
+    assert all(not cell.outputs for cell in cells if cell.cell_type == "code")
+
+
+def test_without_tag_leaves_the_other_cells(lab):
+    notebook = read_source(lab)
+    kept = without_tag(notebook, "experiment").cells
+    assert len(kept) == len(notebook.cells) - 1
+    assert all("trained" not in cell.source for cell in kept)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (f'nbgrader={{"grade_id": "a", "solution": true}}\n{BEGIN}\nx = 1\n{END}', "inside a function"),
+        (
+            f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1\n{END}\n',
+            "inside a func",
+        ),
+        (f"\ndef f():\n    {BEGIN}\n    return 1\n    {END}", 'marked "solution"'),
+        ('nbgrader={"grade_id": "a", "solution": true}\ndef f():\n    return 1', 'marked "solution"'),
+        (f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1', 'marked "solution"'),
+        ('nbgrader={"solution": true}\nx = 1', "grade_id"),
+        ('nbgrader={"grade_id": "a", "grade": true}\nx = 1', "points"),
+        ('nbgrader={"grade_id": "a"}\nx = 1\n\n# %% nbgrader={"grade_id": "a"}\ny = 1', "twice"),
+    ],
+)
+def test_read_source_refuses(lab, cell, message):
+    lab.write_text(f"# %% {cell}\n")
+    with pytest.raises(BuildError, match=message):
+        read_source(lab)
+
+
+def test_build_executes_keeps_outputs_and_writes_both(lab):
+    build.build(lab)
+    solved_path = lab.parents[1] / "solutions" / "lab-9.1.1-doubling.ipynb"
+    solved = nbformat.read(solved_path, 4)
+    assert solved.cells[3].outputs[0].text == "trained\n"
+    assert outline(solved) == outline(read_source(lab)), "execution must not touch the metadata"
+    assert outline(nbformat.read(lab.parents[1] / "lab-9.1.1-doubling.ipynb", 4)) == outline(learners(read_source(lab)))
+    first = solved_path.read_bytes()
+
+    lab.write_text(LAB.replace("# # Doubling", "# # Doubling, explained"))
+    assert "outputs kept" in build.build(lab, run=False)
+    kept = nbformat.read(solved_path, 4)
+    assert kept.cells[0].source == "# Doubling, explained"
+    assert kept.cells[3].outputs == solved.cells[3].outputs
+
+    lab.write_text(LAB.replace('print("trained")', 'print("trained again")'))
+    with pytest.raises(BuildError, match="code changed"):
+        build.build(lab, run=False)
+
+    lab.write_text(LAB)
+    build.build(lab)
+    assert solved_path.read_bytes() == first, "the same source and outputs give the same bytes"
+    assert not list(lab.parents[1].rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (new_output("stream", name="stdout", text=f"saved in {Path.home() / 'models'}"), "cell 2: .* names a folder"),
+        (new_output("execute_result", data={"text/plain": f"'{build.ROOT}'"}), "cell 2: .* names a folder"),
+        (new_output("stream", name="stderr", text="UserWarning: old"), "cell 2: .* stderr: 'UserWarning: old'"),
+        (new_output("stream", name="stdout", text="x" * 400_000), "402 KB, more than 400"),
+    ],
+)
+def test_check_outputs_refuses(lab, output, message):
+    notebook = read_source(lab)
+    build.check_outputs(notebook, "lab")
+    notebook.cells[1].outputs = [output]
+    with pytest.raises(BuildError, match=message):
+        build.check_outputs(notebook, "lab")
+
+
+def test_a_refused_lab_is_reported_and_its_solved_notebook_not_written(lab, capsys):
+    lab.write_text(f'# %%\nprint("{build.ROOT}")\n')
+    assert build.main(["9.1.1", "--labs", str(lab.parents[1])]) == 1
+    assert "names a folder of this machine" in capsys.readouterr().err
+    assert not list(lab.parents[1].glob("solutions/*"))
+
+
+def test_sources_are_picked_by_number_and_ordered(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name in ("lab-3.1.10-z", "lab-3.1.2-b", "lab-3.1.1-a"):
+        (tmp_path / "src" / f"{name}.py").touch()
+    assert [p.stem for p in build.sources(None, tmp_path)] == ["lab-3.1.1-a", "lab-3.1.2-b", "lab-3.1.10-z"]
+    assert [p.stem for p in build.sources(["3.1.1"], tmp_path)] == ["lab-3.1.1-a"]
+    assert [p.stem for p in build.sources(["labs/lab-3.1.2-b.ipynb"], tmp_path)] == ["lab-3.1.2-b"]
+    with pytest.raises(BuildError, match="no lab"):
+        build.sources(["3.1.7"], tmp_path)
+
+
+SOURCES = build.sources()
+
+
+def test_there_are_labs_and_no_notebook_without_a_source():
+    assert SOURCES
+    stems = {path.stem for path in SOURCES}
+    for folder in (build.LABS, build.LABS / "solutions"):
+        assert {path.stem for path in folder.glob("*.ipynb")} == stems
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+class TestBuiltNotebooks:
+    def read(self, source, *folder):
+        return nbformat.read(build.LABS.joinpath(*folder, f"{source.stem}.ipynb"), 4)
+
+    def test_match_their_source(self, source):
+        solved = read_source(source)
+        assert outline(self.read(source, "solutions")) == outline(solved), "run: make build"
+        assert outline(self.read(source)) == outline(learners(solved)), "run: make build"
+
+    def test_learners_equals_solved_outside_solution_regions(self, source):
+        stub = re.compile(r'^ *raise NotImplementedError\("your turn \(exercise \d+\)"\)$', re.M)
+        for mine, solved in zip(self.read(source).cells, self.read(source, "solutions").cells, strict=True):
+            assert (mine.id, mine.cell_type, mine.metadata) == (solved.id, solved.cell_type, solved.metadata)
+            if BEGIN not in solved.source:
+                assert mine.source == solved.source
+            elif mine.cell_type == "code":
+                assert stub.sub("<region>", mine.source) == outside_regions(solved.source)
+
+    def test_solved_is_executed_and_its_outputs_are_fit_to_publish(self, source):
+        solved = self.read(source, "solutions")
+        build.check_outputs(solved, source.stem)
+        code = [cell for cell in solved.cells if cell.cell_type == "code" and cell.source.strip()]
+        assert all(cell.execution_count for cell in code)
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        errors = [o for cell in code for o in cell.outputs if o.output_type == "error"]
+        assert not errors
+
+    def test_figures_have_alt_text(self, source):
+        outputs = [o for c in self.read(source, "solutions").cells if c.cell_type == "code" for o in c.outputs]
+        images = [o for o in outputs if "image/png" in o.get("data", {})]
+        assert len(images) >= 2, "a lab has two figures or more"
+        assert all(len(o.metadata["image/png"]["alt"].split()) >= 6 for o in images), "draw with spark_ft.lab.plots"
+
+    def test_ends_with_a_headline(self, source):
+        from spark_ft.lab.run import headline_of
+
+        assert headline_of(self.read(source, "solutions"))
+
+    def test_learners_has_no_outputs(self, source):
+        assert all(
+            not c.outputs and c.execution_count is None for c in self.read(source).cells if c.cell_type == "code"
+        )

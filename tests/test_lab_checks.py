@@ -1,0 +1,139 @@
+"""The frame of the checks, on a realistic check with the wrong answers that people really give."""
+
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+
+from spark_ft.lab.checks import CheckFailed, check, require, require_close
+
+
+@check
+def check_adapter_output(answer) -> str:
+    """(x Aᵀ) Bᵀ · α/r against the matrix it stands for."""
+    for batch, width, out, rank, alpha in ((1, 8, 8, 2, 8.0), (5, 16, 12, 4, 2.0)):
+        x, A, B = torch.randn(batch, width), torch.randn(rank, width), torch.randn(out, rank)
+        right = x @ (alpha / rank * B @ A).T
+        require_close(
+            answer(x, A, B, alpha),
+            right,
+            f"the output for alpha={alpha:g}, rank={rank}",
+            {"scaled by alpha, not alpha / rank": right * rank, "not scaled": right * rank / alpha},
+        )
+    require(A.requires_grad is False, "A was changed")
+    return "the adapter's output equals x·(α/r·BA)ᵀ on 2 shapes"
+
+
+def right(x, A, B, alpha):
+    return x @ A.T @ B.T * (alpha / A.shape[0])
+
+
+def stub(x, A, B, alpha):
+    raise NotImplementedError("your turn (exercise 3)")
+
+
+MUTANTS = {
+    "scaled by alpha, not alpha / rank": lambda x, A, B, alpha: x @ A.T @ B.T * alpha,
+    "not scaled": lambda x, A, B, alpha: x @ A.T @ B.T,
+    "a return missing": lambda x, A, B, alpha: None,
+    r"shape \(12,\)|shape \(8,\), but": lambda x, A, B, alpha: right(x, A, B, alpha)[0],
+    "nan": lambda x, A, B, alpha: right(x, A, B, alpha) / 0,
+    "off by up to": lambda x, A, B, alpha: right(x, A, B, alpha) + 0.01,
+}
+
+
+@pytest.fixture(autouse=True)
+def not_graded(monkeypatch):
+    monkeypatch.delenv("SPARK_FT_STRICT", raising=False)
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+
+
+def test_right_answer_prints_one_line_and_returns_none(capsys):
+    assert check_adapter_output(right) is None
+    assert capsys.readouterr() == ("✓ the adapter's output equals x·(α/r·BA)ᵀ on 2 shapes\n", "")
+
+
+@pytest.mark.parametrize("diagnosis", MUTANTS)
+def test_mutant_is_caught_and_diagnosed(diagnosis):
+    with pytest.raises(CheckFailed, match=diagnosis):
+        check_adapter_output(MUTANTS[diagnosis])
+
+
+def test_stub_is_reported_but_does_not_raise(capsys):
+    assert check_adapter_output(stub) is None
+    assert capsys.readouterr().out == "not attempted yet – exercise 3\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SPARK_FT_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde"), ("NBGRADER_EXECUTION", "validate")],
+)
+def test_stub_raises_where_it_is_graded(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(NotImplementedError, match="your turn"):
+        check_adapter_output(stub)
+    check_adapter_output(right)
+
+
+def test_strict_zero_is_not_strict(monkeypatch):
+    monkeypatch.setenv("SPARK_FT_STRICT", "0")
+    check_adapter_output(stub)
+
+
+def test_nbgraders_own_stub_counts_as_not_attempted_and_a_real_error_does_not(capsys):
+    def nbgraders(*_):
+        raise NotImplementedError()
+
+    def broken(*_):
+        raise NotImplementedError('"addmm" not implemented for this dtype')
+
+    check_adapter_output(nbgraders)
+    assert "not attempted yet – check_adapter_output" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError, match="addmm"):
+        check_adapter_output(broken)
+
+
+def test_nothing_reaches_stderr_and_nothing_is_lost(capsys, monkeypatch):
+    # pytest records warnings; a notebook prints them
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: print(message, file=sys.stderr))
+    logger = logging.getLogger("spark_ft.test")
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+
+    def noisy(*arguments):
+        warnings.warn("deprecated", stacklevel=1)
+        print("debugging", file=sys.stderr)
+        logger.warning("logged")
+        return right(*arguments)
+
+    try:
+        check_adapter_output(noisy)
+    finally:
+        logger.removeHandler(handler)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(word in out for word in ("deprecated", "debugging", "logged", "✓"))
+    assert handler.stream is sys.stderr, "handlers are put back"
+
+
+def test_inputs_are_fresh_and_the_notebooks_generator_is_left_alone():
+    seen = []
+
+    @check
+    def check_input(answer) -> str:
+        answer(torch.randn(4))
+        return "seen"
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    check_input(seen.append)
+    check_input(seen.append)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(*seen)
+
+
+def test_a_check_that_says_nothing_is_a_mistake_of_its_author():
+    with pytest.raises(TypeError, match="must return the line"):
+        check(lambda answer: None)(right)

@@ -1,0 +1,85 @@
+"""Figures: readable in grey, small, with alt text, and none without labels."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from spark_ft.lab import plots
+
+ALT = "Accuracy climbs from 40% at rank 1 to 93% at rank 8."
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    bundles = []
+    monkeypatch.setattr(plots, "display", lambda data, raw, metadata=None: bundles.append((data, metadata)))
+    yield bundles
+    plt.close("all")
+    InteractiveShell.clear_instance()
+
+
+def drawn(**options):
+    fig, ax = plots.figure("More rank helps", x="rank", y="accuracy (%)", caption="3 seeds", **options)
+    for panel in fig.axes:
+        for role in plots.COLORS:
+            panel.plot(range(50), np.random.default_rng(0).normal(size=50), label=role, **plots.LINE[role])
+    return fig, ax
+
+
+def test_show_embeds_a_small_png_with_alt_text_and_closes_the_figure(shown):
+    fig, _ = drawn()
+    plots.show(fig, ALT)
+    (image, metadata), (words, _) = shown
+    png = base64.b64decode(image["image/png"])
+    assert len(png) <= plots.MAX_BYTES
+    assert Image.open(io.BytesIO(png)).size == (720, 360)
+    assert metadata["image/png"]["alt"] == image["text/plain"] == ALT
+    assert ALT in words["text/html"]
+    assert not plt.get_fignums(), "an open figure would be shown a second time by the inline backend"
+
+
+def test_show_refuses_missing_alt_text_and_missing_labels(shown):
+    fig, ax = drawn(columns=2)
+    with pytest.raises(ValueError, match="alt text"):
+        plots.show(fig, "A figure.")
+    ax[1].set_ylabel("")
+    with pytest.raises(ValueError, match="label"):
+        plots.show(fig, ALT)
+    ax[1].axis("off")
+    plots.show(fig, ALT)
+
+
+def test_show_refuses_a_heavy_figure(shown):
+    fig, ax = plots.figure("Noise", x="column", y="row", caption="seed 0", width=12, height=9)
+    ax.imshow(np.random.default_rng(0).random((900, 1200)))
+    with pytest.raises(ValueError, match="more than 60"):
+        plots.show(fig, ALT)
+
+
+def test_figure_wants_a_claim_and_a_caption():
+    with pytest.raises(ValueError, match="claim"):
+        plots.figure("", caption="3 seeds")
+    with pytest.raises(ValueError, match="claim"):
+        plots.figure("More rank helps", caption=" ")
+
+
+def lightness(color):
+    """CIE L* (0 to 100) of an sRGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    luminance = np.dot([0.2126, 0.7152, 0.0722], linear)
+    return 116 * luminance ** (1 / 3) - 16
+
+
+def test_palette_is_told_apart_in_grey():
+    light = [lightness(color) for color in plots.COLORS.values()]
+    assert light == sorted(light)
+    assert min(np.diff(light)) >= 12
+    for kind in (plots.LINE, plots.BAR):
+        assert list(kind) == list(plots.COLORS)
+    assert len({line["marker"] for line in plots.LINE.values()}) == len(plots.LINE)

@@ -1,0 +1,90 @@
+"""`make labs`: progress, table, exit status; and the headline it reads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spark_ft.lab import HEADLINE_TYPE, headline
+from spark_ft.lab.run import Result, main, table
+
+GOOD = '# %%\nfrom spark_ft.lab import headline\n\n# %%\nheadline({"exact match %": 92.5, "base %": 0})\n'
+FAILS = "# %% [markdown]\n# # Text\n\n# %%\ndef f(x):\n    return x / 0\n\nf(1)\n"
+SILENT = "# %%\n1 + 1\n"
+
+
+def labs(folder, **sources):
+    (folder / "src").mkdir()
+    for number, (name, text) in enumerate(sources.items(), 1):
+        (folder / "src" / f"lab-9.1.{number}-{name}.py").write_text(text)
+    return ["--labs", str(folder)]
+
+
+def test_passing_lab_shows_its_headline_and_writes_nothing(tmp_path, capsys):
+    arguments = labs(tmp_path, good=GOOD)
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "[1/1] lab-9.1.1-good: pass" in out
+    assert "exact match % 92.5; base % 0" in out
+    assert "1 of 1 labs passed" in out
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lab-9.1.1-good.py"]
+
+
+def test_failing_labs_exit_1_with_a_readable_traceback_and_the_others_still_run(tmp_path, capsys):
+    assert main(labs(tmp_path, fails=FAILS, silent=SILENT)) == 1
+    out = capsys.readouterr().out
+    assert "cell 2 of 2: ZeroDivisionError: division by zero" in out
+    assert "----> 2     return x / 0" in out
+    assert "\x1b[" not in out, "no colour codes in a log"
+    assert "does not end with headline" in out
+    assert "0 of 2 labs passed" in out
+
+
+def test_dead_kernel_is_a_failure_not_a_hang(tmp_path, capsys):
+    assert main(labs(tmp_path, dies="# %%\nimport os\nos._exit(9)\n")) == 1
+    assert "the kernel died" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["3.1.99"], ["--labs", "/nonexistent"]])
+def test_no_such_lab_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "no lab" in capsys.readouterr().err
+
+
+def test_table_has_a_line_per_lab_within_its_width():
+    text = table(
+        [Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")], 100
+    )
+    lines = text.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[2].split()[:3] == ["lab-a", "61", "pass"]
+    assert lines[3].split()[:3] == ["lab-long-name", "2", "FAIL"]
+    assert "more" not in text
+    assert lines[-1] == "1 of 2 labs passed in 63 s"
+
+
+def test_headline_takes_scalars_of_any_library_and_is_json():
+    numbers = headline({"tensor": torch.tensor(1.5), "numpy": np.float64(2.0), "flag": True, "text": "so"})
+    assert numbers == {"tensor": 1.5, "numpy": 2.0, "flag": True, "text": "so"}
+    assert numbers._repr_mimebundle_()[HEADLINE_TYPE] == numbers
+    assert repr(numbers) == "tensor 1.5; numpy 2; flag True; text so"
+
+
+@pytest.mark.parametrize("wrong", [{}, {"a": None}, {"a": [1, 2]}, {"a": torch.zeros(2)}])
+def test_headline_refuses_what_a_table_cannot_hold(wrong):
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        headline(wrong)
+
+
+def test_command_line_names_its_commands():
+    run = [sys.executable, "-m", "spark_ft.cli"]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "labs" in shown
+    assert subprocess.run([*run, "nothing"], capture_output=True).returncode == 2
+    version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    assert version in Path("spark_ft/version.py").read_text()

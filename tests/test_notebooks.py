@@ -1,0 +1,142 @@
+"""Every notebook executed as it is opened: solved ones whole, learners' unsolved; and a lab graded by nbgrader."""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbmake.nb_run import NotebookRun
+
+from spark_ft.lab import build
+from spark_ft.lab.build import BEGIN, LABS, learners, read_source, without_tag
+from spark_ft.lab.run import headline_of
+
+pytestmark = pytest.mark.notebooks
+
+SOURCES = build.sources()
+# Twice what a lab may take on a quiet two-core machine (120 s; 3.1.4 six minutes): CI's machines are neither.
+SECONDS = 720
+
+
+def executed(notebook, folder):
+    """A notebook run by nbmake in an empty folder, where relative paths and earlier results are not at hand."""
+    path = folder / "notebook.ipynb"
+    nbformat.write(notebook, path)
+    result = NotebookRun(path, SECONDS).execute()
+    assert result.error is None, result.error.trace
+    return result.nb
+
+
+def printed(cell):
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def no_stderr(notebook):
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+
+
+@pytest.fixture(autouse=True)
+def not_strict(monkeypatch):
+    monkeypatch.delenv("SPARK_FT_STRICT", raising=False)
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize("name", [path.stem for path in SOURCES])
+def test_solved_notebook_runs_whole(name, tmp_path):
+    notebook = executed(nbformat.read(LABS / "solutions" / f"{name}.ipynb", 4), tmp_path)
+    assert headline_of(notebook)
+    assert no_stderr(notebook)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize("name", [path.stem for path in SOURCES])
+def test_learners_notebook_runs_unsolved(name, tmp_path):
+    unsolved = without_tag(nbformat.read(LABS / f"{name}.ipynb", 4), "experiment")
+    notebook = executed(unsolved, tmp_path)
+    checks = [c for c in notebook.cells if c.cell_type == "code" and c.metadata.get("nbgrader", {}).get("grade")]
+    assert checks
+    for cell in checks:
+        assert "not attempted yet" in printed(cell), f"{cell.source!r} passes although its exercise is not done"
+    assert no_stderr(notebook)
+
+
+LAB = """# %%
+import sys
+import torch
+from spark_ft.lab.checks import check, require_close
+
+@check
+def check_double(double) -> str:
+    x = torch.randn(3)
+    require_close(double(x), x + x, "double(x)", {"x squared": x * x})
+    return "double doubles"
+
+@check
+def check_halve(halve) -> str:
+    x = torch.randn(3)
+    require_close(halve(x), x / 2, "halve(x)")
+    return "halve halves"
+
+# %% nbgrader={"grade_id": "double", "solution": true}
+def double(x):
+    ### BEGIN SOLUTION
+    print("a stray line on stderr must not cost points", file=sys.stderr)
+    return 2 * x
+    ### END SOLUTION
+
+# %% nbgrader={"grade_id": "check-double", "grade": true, "points": 2}
+check_double(double)
+
+# %% nbgrader={"grade_id": "halve", "solution": true}
+def halve(x):
+    ### BEGIN SOLUTION
+    return x / 2
+    ### END SOLUTION
+
+# %% nbgrader={"grade_id": "check-halve", "grade": true, "points": 3}
+check_halve(halve)
+"""
+
+
+def test_nbgrader_gives_a_solved_lab_all_points_an_unsolved_one_none_and_a_wrong_one_some(tmp_path, monkeypatch):
+    # nbgrader calls alembic by its bare name
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    from nbgrader.apps.api import NbGraderAPI
+    from nbgrader.coursedir import CourseDirectory
+    from traitlets.config import Config
+
+    source = tmp_path / "lab-9.1.1-grading.py"
+    source.write_text(LAB)
+    solved = read_source(source)
+    wrong = nbformat.reads(nbformat.writes(solved).replace("return x / 2", "return x / 3"), 4)
+    assert wrong != solved
+
+    course = tmp_path / "course"
+    build.write(solved, course / "source" / "lab" / "lab.ipynb")
+    config = Config()
+    config.CourseDirectory.root = str(course)
+    config.CourseDirectory.db_url = f"sqlite:///{course}/gradebook.db"
+    config.Exchange.root = str(tmp_path / "exchange")
+    config.Execute.timeout = 300
+    config.Execute.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
+    api = NbGraderAPI(coursedir=CourseDirectory(config=config), config=config)
+    made = api.generate_assignment("lab")
+    assert made["success"], made["log"]
+    assert BEGIN not in (course / "release" / "lab" / "lab.ipynb").read_text()
+
+    # Three ways in which a lab comes back: done, half wrong, and as our own builder handed it out.
+    for student, notebook in {"solved": solved, "wrong": wrong, "unsolved": learners(solved)}.items():
+        build.write(notebook, course / "submitted" / student / "lab" / "lab.ipynb")
+    build.write(
+        nbformat.read(course / "release" / "lab" / "lab.ipynb", 4), course / "submitted/untouched/lab/lab.ipynb"
+    )
+
+    points = {}
+    for student in ("solved", "wrong", "unsolved", "untouched"):
+        graded = api.autograde("lab", student)
+        assert graded["success"], graded["log"]
+        points[student] = api.get_submission("lab", student)["score"]
+    assert points == {"solved": 5, "wrong": 2, "unsolved": 0, "untouched": 0}
