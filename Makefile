@@ -59,7 +59,7 @@ $(READY): pyproject.toml constraints.txt
 	    exit 1; }
 	@set -eu; \
 	pins=constraints.txt; shared=; \
-	if $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
+	if $(PYTHON) -c 'import sys, torch; sys.exit(sys.prefix != sys.base_prefix or not torch.version.cuda)' 2>/dev/null; then \
 	    echo "Keeping this machine's own CUDA build of PyTorch."; \
 	    shared=--system-site-packages; \
 	fi; \
