@@ -40,10 +40,8 @@ def metric(answer: str, long: bool = False) -> str:
 def imperial(answer: str, long: bool = False) -> str:
     """The answer in imperial units; `long` writes ounces and degrees Fahrenheit out."""
     text = QUANTITY.sub(r"\2", answer)
-    if long:
-        text = text.replace("°F", " degrees Fahrenheit", 1)
-    else:
-        text = re.sub(r"(?<=[\d½¾])( |-)ounces?\b", r"\1oz", text)
+    unit, spelling = ("°F", " degrees Fahrenheit") if long else (r"(?<=[\d½¾])([ -])ounces?\b", r"\1oz")
+    text = re.sub(unit, spelling, text, count=long)  # count=0 is all of them
     return re.sub(r"(?<=\d)°", " °", text)
 
 
