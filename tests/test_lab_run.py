@@ -57,9 +57,7 @@ def test_no_such_lab_is_refused(arguments, capsys):
 
 
 def test_table_has_a_line_per_lab_within_its_width():
-    text = table(
-        [Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")], 100
-    )
+    text = table([Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")], 100)
     lines = text.splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert lines[2].split()[:3] == ["lab-a", "61", "pass"]
@@ -79,6 +77,24 @@ def test_headline_takes_scalars_of_any_library_and_is_json():
 def test_headline_refuses_what_a_table_cannot_hold(wrong):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         headline(wrong)
+
+
+def test_only_the_two_known_messages_are_silenced():
+    code = """if True:
+        import logging, warnings
+        import spark_ft.lab
+        logging.basicConfig()
+        logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        logger.warning("Failed to load CPU gemm_4bit_forward from somewhere")
+        logger.warning("another of its warnings")
+        warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.warn("`is_gradient_checkpointing` is wrong", UserWarning)
+        warnings.warn("another is deprecated", FutureWarning)
+    """
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "gemm_4bit" not in said
+    assert "`is_gradient_checkpointing` is deprecated" not in said
+    assert all(text in said for text in ("another of its", "is wrong", "another is deprecated"))
 
 
 def test_command_line_names_its_commands():

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,8 +85,7 @@ def _captured(noise: io.StringIO):
     for handler in handlers:
         handler.setStream(noise)
     try:
-        with contextlib.redirect_stderr(noise), warnings.catch_warnings():
-            warnings.simplefilter("default")
+        with contextlib.redirect_stderr(noise):
             yield
     finally:
         for handler in handlers:
