@@ -142,6 +142,8 @@ def test_every_ticket_is_compact_with_its_keys_in_order_and_nothing_empty(rows):
             assert list(item) == [key for key in ("qty", "dish", "how", "no", "add") if key in item]
             assert item["qty"] in (1, 2, 3, 4)
             assert all(text for text in item.values())
+            wishes = len(item) - 2
+            assert wishes <= (2 if len(ticket["items"]) == 1 else 1), "the card promises no more"
 
 
 def test_every_value_of_a_ticket_stands_in_its_note(rows):

@@ -221,19 +221,20 @@ UNSEEN_STYLES = [
 
 def draw_order(rng: random.Random, menu: list[Dish]) -> dict:
     """An order as the ticket shows it: keys always in this order, what was not asked for left out."""
-    dishes = rng.sample(menu, rng.choices((1, 2), (11, 9))[0])
+    dishes = rng.sample(menu, rng.choices((1, 2), (7, 3))[0])
     items = []
     for dish in dishes:
         item = {"qty": rng.choices((1, 2, 3, 4), (5, 4, 2, 1))[0], "dish": dish.name}
-        wishes = {"how": 0.8, "no": 0.6, "add": 0.45} if len(dishes) == 1 else {"how": 0.7, "no": 0.4, "add": 0.25}
-        for wish, chance in wishes.items():
-            if getattr(dish, wish) and rng.random() < chance:
-                item[wish] = rng.choice(getattr(dish, wish).split("|"))
+        chances = {"how": 0.8, "no": 0.6, "add": 0.45} if len(dishes) == 1 else {"how": 0.5, "no": 0.3, "add": 0.2}
+        wishes = [wish for wish, chance in chances.items() if getattr(dish, wish) and rng.random() < chance]
+        most = 3 - len(dishes)  # two wishes for one dish alone, one for each of two: a ticket stays short
+        dropped = rng.sample(wishes, max(0, len(wishes) - most))
+        item |= {wish: rng.choice(getattr(dish, wish).split("|")) for wish in wishes if wish not in dropped}
         items.append(item)
     order = {"table": rng.randint(1, 30), "items": items}
     safe = [a for a in ALLERGENS if all(a not in dish.has.split() for dish in dishes)]
     plain = all(len(item) == 2 for item in items)
-    if plain or rng.random() < 0.2:
+    if plain or rng.random() < 0.25:
         order["allergy"] = rng.choice(safe)
     return order
 
