@@ -100,6 +100,10 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _add_to(weight: Tensor, delta: Tensor) -> None:
     """weight += delta, summed in delta's precision and rounded once."""
     weight.copy_(weight.to(delta.dtype) + delta)
@@ -112,18 +116,18 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx, out, x, A, B, scaling):
         ctx.save_for_backward(x, A, B)
         ctx.scaling = scaling
-        low = x.flatten(0, -2) @ A.T
-        if out.dtype == A.dtype:
+        low = _rows(x) @ A.T
+        if out.dtype == A.dtype and out.is_contiguous():  # else its rows would be a copy, and the update lost with it
             ctx.mark_dirty(out)
-            out.flatten(0, -2).addmm_(low, B.T, alpha=scaling)
+            _rows(out).addmm_(low, B.T, alpha=scaling)
             return out
-        return torch.addmm(out.flatten(0, -2).to(A.dtype), low, B.T, alpha=scaling).view_as(out).to(out.dtype)
+        return torch.addmm(_rows(out).to(A.dtype), low, B.T, alpha=scaling).view_as(out).to(out.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, A, B = ctx.saved_tensors
-        x2, grad2 = x.flatten(0, -2), grad.flatten(0, -2).to(A.dtype)
+        x2, grad2 = _rows(x), _rows(grad).to(A.dtype)
         grad_low = (grad2 @ B).mul_(ctx.scaling)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
         grad_x = (grad_low @ A).view_as(x) if needs_x else None
