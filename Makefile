@@ -17,7 +17,8 @@ export WANDB_MODE := disabled
 .DELETE_ON_ERROR:
 
 lab: $(READY)
-	$(PY) -m jupyterlab labs/lab-3.1.1-lora-theory.ipynb --ServerApp.ip=127.0.0.1 \
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
+	    --LabApp.default_url=/lab/tree/labs/lab-3.1.1-lora-theory.ipynb \
 	    --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 labs: $(READY)

@@ -1,0 +1,89 @@
+"""The kitchen-ticket fine-tune that several labs share: its data, its run, its score, and the cached adapter."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
+from spark_ft.data import read_records, sft_batches
+from spark_ft.evaluation import Estimate, exact_match, generate, wilson_interval
+from spark_ft.models import CACHE, ROOT, load_model, profile, sha256
+from spark_ft.training import History, TrainConfig, sft_loss, train
+
+TICKETS = ROOT / "data" / "kitchen_tickets"
+ADAPTER = AdapterConfig(rank=16, alpha=32.0)
+
+
+def tickets(split: str) -> list[dict]:
+    """The rows of kitchen_tickets' "train", "validation" or "test" split."""
+    return read_records(TICKETS / f"{split}.jsonl", "sft")
+
+
+def with_shuffled_answers(records: list[dict], seed: int = 0) -> list[dict]:
+    """The same notes and the same tickets, each ticket under another note: the control that must teach nothing."""
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    moved = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no ticket stays where it was
+    return [{**row, "completion": records[moved[i]]["completion"]} for i, row in enumerate(records)]
+
+
+def run_config(seed: int = 0, **changes) -> TrainConfig:
+    """The profile's training run: its steps and learning rate, a tenth of the steps to warm up, then half a cosine."""
+    here = profile()
+    settings = {
+        "steps": here.steps,
+        "learning_rate": here.learning_rate,
+        "warmup_steps": here.steps // 10,
+        "gradient_accumulation_steps": here.gradient_accumulation_steps,
+        "seed": seed,
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def fine_tune(model: nn.Module, tokenizer, records: list[dict], seed: int = 0, **changes) -> History:
+    """Train the model's adapters on `records`; the same seed orders the rows and seeds the generator."""
+    here = profile()
+    batches = sft_batches(records, tokenizer, here.batch_size, seed, here.max_length)
+    return train(model, batches, sft_loss, run_config(seed, **changes))
+
+
+def score(model: nn.Module, tokenizer, rows: list[dict]) -> tuple[Estimate, list[str]]:
+    """The share of tickets that are exactly right, with its Wilson interval, and the answers."""
+    answers = generate(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=64, batch_size=50)
+    right = exact_match(answers, [row["completion"] for row in rows])
+    return wilson_interval(sum(right), len(right)), answers
+
+
+def kitchen_adapter(seed: int = 0) -> Path:
+    """The folder of a kitchen adapter in PEFT's format, from the cache, or trained now where it is missing.
+
+    Its name holds a hash of all it depends on: profile, data, adapter and training settings.
+    """
+    config = run_config(seed)
+    depends = [str(profile()), str(ADAPTER), str(config.rate(1)), str(config), sha256(TICKETS / "train.jsonl")]
+    folder = CACHE / "adapters" / f"kitchen-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
+    if not (folder / "adapter_config.json").is_file():  # written last, so where it is, all is
+        print(f"training the kitchen adapter once ({config.steps} steps) …", flush=True)
+        model, tokenizer = load_model()
+        torch.manual_seed(seed)
+        add_adapters(model, ADAPTER)
+        fine_tune(model, tokenizer, tickets("train"), seed)
+        save_adapters(model, folder)
+    return folder
+
+
+def short_run(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Eight steps of two rows with dropout, a checkpoint after each second: small enough to kill, to resume and to compare.
+
+    Returns the trained parameters by name.
+    """
+    model, tokenizer = load_model()
+    torch.manual_seed(0)
+    add_adapters(model, AdapterConfig(rank=4, dropout=0.1))
+    config = run_config(steps=8, warmup_steps=2, checkpoint_dir=folder, checkpoint_every=2, progress=False)
+    train(model, sft_batches(tickets("train")[:16], tokenizer, batch_size=2), sft_loss, config)
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
