@@ -38,7 +38,9 @@ def token_logps(
             f"hidden {tuple(hidden.shape)}, head {tuple(head.shape)} and targets {tuple(targets.shape)} do not fit: "
             "expected (N, H), (V, H) and (N,)"
         )
-    if head.requires_grad and torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        hidden = hidden.detach()  # needs_input_grad would still be true, and the slope be computed for nobody
+    elif head.requires_grad:
         return chunked_logps(hidden, lambda rows: F.linear(rows, head), targets, chunk_size)
     return _FrozenHead.apply(hidden, head, targets, chunk_size)
 
