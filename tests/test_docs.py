@@ -1,0 +1,194 @@
+"""The pages keep their word: code blocks run and print what they say, commands exist, counted numbers are counted again."""
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+
+import pytest
+
+import spark_ft
+from spark_ft.cli import COMMANDS
+from spark_ft.data import read_records
+from spark_ft.models import PROFILES, ROOT
+
+PAGES = ("README.md", "ELI5.md", "QUICK_REFERENCE.md", "CHANGELOG.md")
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[tuple[int, str, str]]:
+    """(line of the first code line, the fence's other words, code) of each of a page's blocks in that language."""
+    page = read(name)
+    found = []
+    for match in FENCE.finditer(page):
+        kind, _, rest = match[1].partition(" ")
+        if kind == language:
+            found.append((page.count("\n", 0, match.start()) + 2, rest.strip(), match[2]))
+    return found
+
+
+def run_block(code: str, line: int, namespace: dict) -> tuple[list[str], list[str]]:
+    """The lines a block prints, and those that its `# → ` comments promise; tracebacks name the page's own lines."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile("\n" * (line - 1) + code, "QUICK_REFERENCE.md", "exec"), namespace)
+    return said.getvalue().splitlines(), re.findall(r"^# → (.*)$", code, re.M)
+
+
+def test_every_block_of_the_quick_reference_runs_and_prints_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    ran = blocks("QUICK_REFERENCE.md", "python")
+    assert len(ran) >= 10
+    for line, _, code in ran:
+        printed, promised = run_block(code, line, namespace)
+        assert printed == promised, f"QUICK_REFERENCE.md: the block at line {line} prints other than its → comments say"
+
+
+def test_a_block_that_prints_something_else_is_noticed():
+    printed, promised = run_block("print(1)\n# → 2\n", 1, {})
+    assert printed == ["1"]
+    assert promised == ["2"]
+
+
+def test_example_rows_of_the_quick_reference_are_valid(tmp_path):
+    rows = blocks("QUICK_REFERENCE.md", "jsonl")
+    assert [kind for _, kind, _ in rows] == ["sft", "preference", "feedback", "chat"]
+    for _, kind, text in rows:
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text(text, encoding="utf-8")
+        assert read_records(path, kind)
+
+
+def make_targets() -> set[str]:
+    """Every target that the Makefile declares phony, conditional ones too."""
+    return {name for line in re.findall(r"^\.PHONY:(.*)$", read("Makefile"), re.M) for name in line.split()}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The shell commands among lines of text, comments cut off."""
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def shell_text(name: str) -> str:
+    """A page's bash blocks and inline code, one command a line."""
+    page = read(name)
+    inline = re.findall(r"(?<!`)`((?:make|\.venv/bin/\S+|spark-ft) [^`\n]*)`(?!`)", FENCE.sub("", page))
+    return "".join(code for _, _, code in blocks(name, "bash")) + "\n".join(inline)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if (ROOT / name).exists()])
+def test_commands_on_a_page_exist(name):
+    for words in commands(shell_text(name)):
+        program = words[0].rpartition("/")[2]
+        if program == "make":
+            target = next(word for word in words[1:] if "=" not in word)
+            assert target in make_targets(), f"{name}: `{' '.join(words)}`, but the Makefile has no target {target}"
+        elif program == "spark-ft":
+            assert words[1] in COMMANDS, f"{name}: `{' '.join(words)}`, but spark-ft has no command {words[1]}"
+
+
+def test_commands_are_found_on_the_pages():
+    assert ["make", "labs", "ARGS=3.1.4"] in commands(shell_text("QUICK_REFERENCE.md"))
+    assert ["make", "lab", "PYTHON=python3.12"] in commands(shell_text("README.md"))
+
+
+@pytest.mark.parametrize("target", sorted(make_targets()))
+def test_make_knows_its_targets(target):
+    """`make -n` of each: a target that is only declared would pass the page's test."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert target == "clean" or ".venv/bin/python" in done.stdout
+
+
+def test_make_clean_removes_what_the_readme_says():
+    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
+    removed = re.search(r"^rm -rf (.*)$", done.stdout, re.M)[1].split()
+    sentence = re.search(r"`make clean` removes.*?\n\n", read("README.md"), re.S)[0]
+    assert {".venv", ".cache", "spark_ft.egg-info"} <= set(removed)
+    for name in removed:
+        words = "test and lint" if name in (".pytest_cache", ".ruff_cache", ".hypothesis") else f"`{name}`"
+        assert words in sentence, f"make clean removes {name}, and README.md does not say so"
+
+
+def test_readme_example_runs(capsys):
+    for line, _, code in blocks("README.md", "python"):
+        exec(compile("\n" * (line - 1) + code, "README.md", "exec"), {})
+    assert "Paris" in capsys.readouterr().out
+
+
+def test_readme_profiles_are_the_table_in_models():
+    short = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+    for p in PROFILES.values():
+        row = next(line for line in read("README.md").splitlines() if line.startswith(f"| `{p.name}` |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[2:] == [p.model or "embedded, 135M", short[str(p.dtype)], f"{p.steps} × {p.batch_size}"]
+
+
+def test_settings_named_in_the_code_are_in_the_readme():
+    used = {
+        name
+        for path in (ROOT / "spark_ft").rglob("*.py")
+        for name in re.findall(r"\bSPARK_FT_[A-Z]+\b", path.read_text("utf-8"))
+    }
+    made = set(re.findall(r"\$\((TORCH_INDEX|PYTHON|ARGS)\)", read("Makefile")))
+    assert {"SPARK_FT_MODEL", "SPARK_FT_PROFILE"} <= used
+    assert used | made <= set(re.findall(r"^\| `(\w+)` \|", read("README.md"), re.M))
+
+
+def test_changelog_begins_with_this_version():
+    assert re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.M)[0] == spark_ft.__version__
+
+
+def test_license_is_the_one_that_the_package_names():
+    text = " ".join(read("LICENSE").split())
+    assert text.startswith("Apache License Version 2.0, January 2004")
+    assert 'license = "Apache-2.0"' in read("pyproject.toml")
+
+
+def test_workflow_runs_make_targets_that_exist():
+    import yaml
+
+    jobs = yaml.safe_load(read(".github/workflows/labs.yml"))["jobs"]
+    ran = [entry["command"] for entry in jobs["run"]["strategy"]["matrix"]["include"]]
+    targets = {target for command in ran for target in re.findall(r"\bmake ([\w-]+)", command)}
+    assert {"labs", "test"} <= targets <= make_targets()
+
+
+def test_counted_numbers_of_the_eli5_page_are_right():
+    """Counted again from shapes, by other means than QUICK_REFERENCE.md does; cited ones cannot be."""
+    hidden, mlp, kv, layers, vocab = 8192, 28672, 1024, 80, 128256  # Llama-3.3-70B
+    attention, feed_forward = 2 * hidden * (hidden + kv), 3 * hidden * mlp
+    linear = layers * (attention + feed_forward)
+    other = 2 * vocab * hidden
+    adapter = layers * 16 * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp))
+    nf4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    checkpoints = layers * 2048 * hidden * 2
+    page = read("ELI5.md")
+    for counted in (
+        f"{1000 * 1000 * 4 / 1e6:.0f} MB in fp32",
+        f"{2 * 16 * 1000 * 4 / 1000:.0f} KB: {2 * 16 / 1000:.1%}",
+        f"{2 * 16 / 8192:.2%} of an 8192 × 8192 table",
+        f"{adapter / linear:.2%} of those layers",
+        f"({adapter / 1e6:.0f} million numbers beside {linear / 1e9:.2f} billion)",
+        f"{16 * (linear + other) / 1e9:,.0f} GB",
+        f"{8 * nf4:.3f}\nbits where it took 16: {2 / nf4:.1f} times smaller",
+        f"from {2 * (linear + other) / 1e9:.1f} GB to {(nf4 * linear + 2 * other) / 1e9:.1f} GB",
+        f"{2 * (linear + other) / (nf4 * linear + 2 * other):.1f} times smaller",
+        f"| linear layers, {linear / 1e9:.2f} billion weights in NF4 | {nf4 * linear / 1e9:.1f} |",
+        f"| embeddings and head, bf16 | {2 * other / 1e9:.1f} |",
+        f"{adapter / 1e6:.0f} million × 8 bytes | {8 * adapter / 1e9:.1f} |",
+        f"| one activation kept per layer (checkpoints) | {checkpoints / 1e9:.1f} |",
+        f"in fp32 the notes take {(16 - 8) * adapter / 1e9:.1f} GB more",
+        "ln 2 = 0.6931",
+        f"{8.19 * 2:.1f} GB in bf16 for 8.19 billion weights",
+    ):
+        assert counted in page, f"ELI5.md should say: {counted}"
+    rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
+    assert f"{sum(map(float, rows)):.0f}" == "46"
+    assert "about 46 GB for rows of 2,048" in page

@@ -1,0 +1,140 @@
+"""Relative links on every page lead somewhere, anchors too; what is "to come" is listed once, only while it is missing."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from spark_ft.models import ROOT
+
+LABS = (
+    "lab-3.1.1-lora-theory",
+    "lab-3.1.2-dora-comparison",
+    "lab-3.1.3-neftune-magic",
+    "lab-3.1.4-8b-lora-finetuning",
+    "lab-3.1.5-70b-qlora-finetuning",
+    "lab-3.1.6-dataset-preparation",
+    "lab-3.1.7-dpo-training",
+    "lab-3.1.8-simpo-vs-orpo",
+    "lab-3.1.9-kto-binary-feedback",
+    "lab-3.1.10-ollama-integration",
+)
+LEFT_OUT = {".venv", ".cache", ".git", ".pytest_cache", "runs", "node_modules", ".ipynb_checkpoints"}
+LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
+TO_COME = re.compile(r"<!-- to-come:start -->(.*?)<!-- to-come:end -->", re.S)
+
+
+def pages() -> list[Path]:
+    found = [path for path in ROOT.rglob("*.md") if not LEFT_OUT & set(path.relative_to(ROOT).parts)]
+    return sorted(found) + sorted((ROOT / "labs").glob("lab-*.ipynb"))
+
+
+def text_of(page: Path) -> str:
+    """A page's markdown; of a notebook, that of its markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join(source if isinstance(source, str) else "".join(source) for source in cells)
+    return text
+
+
+def prose(text: str) -> str:
+    """The text without fenced blocks and inline code, where brackets are not links."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S))
+
+
+def links(text: str) -> list[str]:
+    return LINK.findall(prose(text))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings: lower case, punctuation gone, spaces to hyphens, repeats numbered."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S), re.M):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        number, plain = 1, slug
+        while slug in found:
+            slug, number = f"{plain}-{number}", number + 1
+        found.add(slug)
+    return found | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+
+
+def is_outside(target: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*:", target) is not None
+
+
+def complaint(page: Path, target: str) -> str | None:
+    """Why a relative link of a page leads nowhere, or None."""
+    path, _, anchor = target.partition("#")
+    goal = (page.parent / path).resolve() if path else page
+    if goal != ROOT and ROOT not in goal.parents:
+        return "leads out of the repository"
+    if not goal.exists():
+        return "no such file"
+    if anchor and goal.suffix == ".md" and anchor not in anchors(text_of(goal)):
+        return f"no heading of {goal.name} has that anchor"
+    return None
+
+
+def to_come() -> list[str]:
+    """Paths from the repository's root that ELI5.md's table says are to come."""
+    (table,) = TO_COME.findall(text_of(ROOT / "ELI5.md"))
+    return links(table)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = TO_COME.sub("", text_of(page)) if page == ROOT / "ELI5.md" else text_of(page)
+    broken = [f"{target}: {why}" for target in links(text) if not is_outside(target) and (why := complaint(page, target))]
+    assert not broken, f"{page.name} has broken links (a lab or file that comes later is listed in ELI5.md, To come): {broken}"
+
+
+def test_to_come_lists_only_what_is_missing():
+    here = [path for path in to_come() if (ROOT / path).exists()]
+    assert not here, f"these exist now: take them off ELI5.md's To come table and link to them from their sections: {here}"
+
+
+def test_every_lab_exists_or_is_to_come():
+    listed = to_come()
+    assert len(set(listed)) == len(listed)
+    for lab in LABS:
+        path = f"labs/{lab}.ipynb"
+        assert (ROOT / path).exists() or path in listed, f"{path} is neither there nor on ELI5.md's To come table"
+    assert {Path(path).stem for path in listed if path.startswith("labs/")} <= set(LABS)
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_readme_links_each_lab_as_soon_as_it_exists(lab):
+    number = lab.split("-")[1]
+    row = next(line for line in text_of(ROOT / "README.md").splitlines() if re.match(rf"\| \[?{re.escape(number)} ", line))
+    exists = (ROOT / "labs" / f"{lab}.ipynb").exists()
+    assert (links(row) == [f"labs/{lab}.ipynb"]) == exists, (
+        f"README.md's row of {number}: link to the notebook once it is there"
+    )
+    assert row.endswith("| here |" if exists else "| to come |")
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_eli5_links_each_lab_as_soon_as_it_exists(lab):
+    if (ROOT / "labs" / f"{lab}.ipynb").exists():
+        assert f"labs/{lab}.ipynb" in links(TO_COME.sub("", text_of(ROOT / "ELI5.md")))
+
+
+def test_every_data_set_has_a_card():
+    for folder in (ROOT / "data").iterdir():
+        if list(folder.glob("*.jsonl")):
+            assert (folder / "README.md").exists(), f"data/{folder.name} has no card"
+
+
+def test_bad_links_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    page = tmp_path / "a.md"
+    text = "# Top: one\n## Top: one\n[x](b.md) [y](#top-one-1) [z](a.md#gone) `[no](link)` [o](../out.md)\n"
+    page.write_text(text, encoding="utf-8")
+    assert links(text_of(page)) == ["b.md", "#top-one-1", "a.md#gone", "../out.md"]
+    assert complaint(page, "b.md") == "no such file"
+    assert complaint(page, "#top-one-1") is None
+    assert complaint(page, "a.md#gone") == "no heading of a.md has that anchor"
+    assert complaint(page, "../out.md") == "leads out of the repository"
