@@ -4,7 +4,8 @@ import re
 
 _NUMBER = (
     r"(?:\d[\d.,/⁄]*\s*[½⅓⅔¼¾⅛⅜⅝⅞⅙]?|[½⅓⅔¼¾⅛⅜⅝⅞⅙]"
-    r"|\b(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|third|quarters?|thirds|few|couple of|per))"
+    r"|\b(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|third|quarters?|thirds|few|couple of|per)"
+    r"(?=[\s-]))"
 )
 _GAP = r"[\s-]*(?:an?\s+|of\s+)?(?:(?:fluid|fl\.?|US|UK|level|heaped|heaping|packed|scant|generous|full|square)[\s-]+)*"
 _DEGREES = r"\d\s*(?:°|º|degrees?|deg\.?)?\s*"

@@ -77,6 +77,7 @@ NOT_METRIC = [
     "Cook it until it is done, about 20 minutes.",
     "Set the oven to 180 degrees.",  # of what?
     "Two tablespoons of oil.",
+    "Cook it al dente, am I right?",  # a litre is not hiding in "al"
     "Vitamin C is lost in boiling.",
     "Bake it at gas mark 6.",
     "Three eggs and a pinch of salt.",

@@ -23,10 +23,10 @@ def make() -> list[dict]:
         count, shift = len(core.questions), rng.choice((1, 2))
         for i, question in enumerate(core.questions):
             wording = (i + shift) % count
-            answer = metric(core.answers[wording], long=wording == 1)
+            answer = metric(core.answers[wording], wording)
             rows.append({"prompt": question, "completion": answer, "label": True, "core": core.name})
         wording = rng.randrange(count)
-        answer = imperial(core.answers[wording], long=wording == 1)
+        answer = imperial(core.answers[wording], wording)
         rows.append({"prompt": core.questions[wording], "completion": answer, "label": False, "core": core.name})
     rng.shuffle(rows)
     return rows

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 QUANTITY = re.compile(r"\{([^|{}]+)\|([^|{}]+)\}")  # {metric|imperial}
+FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
+FRACTIONS |= {"⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8", "⅙": "1/6"}
 
 
 class Core(NamedTuple):
@@ -29,19 +31,25 @@ def read_cores(split: str) -> list[Core]:
     return cores
 
 
-def metric(answer: str, long: bool = False) -> str:
-    """The answer in metric units; `long` writes grams and degrees Celsius out."""
+def metric(answer: str, style: int) -> str:
+    """The answer in metric units; styles 0, 1, 2 differ in how they write grams and degrees."""
     text = QUANTITY.sub(r"\1", answer).replace("-18°", "−18°")
-    if long:
-        text = re.sub(r"(?<=\d) g\b", " grams", text).replace("°C", " degrees Celsius", 1)
+    if style != 2:
+        text = re.sub(r"(?<=\d) g\b", " grams", text)
+    if style > 0:
+        text = text.replace("°C", " degrees Celsius" if style == 1 else " degrees C", 1)
     return re.sub(r"(?<=\d)°", " °", text)
 
 
-def imperial(answer: str, long: bool = False) -> str:
-    """The answer in imperial units; `long` writes ounces and degrees Fahrenheit out."""
+def imperial(answer: str, style: int) -> str:
+    """The answer in imperial units; styles 0, 1, 2 differ in how they write fractions, ounces and degrees."""
     text = QUANTITY.sub(r"\2", answer)
-    unit, spelling = ("°F", " degrees Fahrenheit") if long else (r"(?<=[\d½¾])([ -])ounces?\b", r"\1oz")
-    text = re.sub(unit, spelling, text, count=long)  # count=0 is all of them
+    if style == 0:
+        text = re.sub(r"(\d?)([½⅓⅔¼¾⅛⅜⅝⅞⅙])", lambda m: f"{m[1]} {FRACTIONS[m[2]]}".strip(), text)
+    if style == 1:
+        text = text.replace("°F", " degrees Fahrenheit", 1)
+    if style != 1:
+        text = re.sub(r"(?<=[\d½¾])([ -])ounces?\b", r"\1oz", text)
     return re.sub(r"(?<=\d)°", " °", text)
 
 

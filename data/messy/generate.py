@@ -19,13 +19,13 @@ from cores import jsonl, write_or_check  # noqa: E402
 SEED = 3
 LOOP = re.compile(r"\{([^{}]+)\}x(\d+)")  # {text}x3 is the text three times
 NEAR_COPIES = [  # how a clean row begins, then one light edit
-    ("What can replace buttermilk?", "a tablespoon of lemon juice", "one tablespoon of lemon juice"),
+    ("What can replace buttermilk?", "five minutes, or thin", "five minutes – or thin"),
     ("Why do I have to soak dried mushrooms?", "which is the better half", "the better half"),
     ("Does alcohol burn off", "Not all of it.", "Not all of it!"),
     ("How do restaurants serve", "How do restaurants", "How do big restaurants"),
     ("What do I tell a guest", "came in this morning", "arrived this morning"),
-    ("How do I laminate dough", "Then roll out and shape.", "Then roll it out and shape it."),
-    ("What is the white stuff", "It is harmless; cook", "Harmless. Cook"),
+    ("How do I laminate dough", "Then roll out and shape.", "Then roll out, and shape!"),
+    ("What is the white stuff", "more gently next time", "more gently another time"),
     ("How do I clean a burnt pot?", "Cover the bottom with", "cover the bottom with"),
     ("How do I open an oyster?", "until it pops, then", "until it pops and then"),
     ("How can I keep a sourdough starter", "thin layer and crumble it", "thin layer, crumble it"),
