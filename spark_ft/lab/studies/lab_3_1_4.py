@@ -1,0 +1,46 @@
+"""The stored runs of lab 3.1.4: the whole fine-tune, and the control that must fail."""
+
+import torch
+
+from spark_ft.adapters import add_adapters
+from spark_ft.lab import kitchen
+from spark_ft.lab.experiments import experiment
+from spark_ft.models import load_model
+
+
+def fine_tuned(records: list[dict], seed: int, steps: int):
+    """A fresh adapter trained on `records`: (model, tokenizer, history)."""
+    model, tokenizer = load_model()
+    torch.manual_seed(seed)
+    add_adapters(model, kitchen.ADAPTER)
+    history = kitchen.fine_tune(model, tokenizer, records, seed, steps=steps)
+    return model, tokenizer, history
+
+
+@experiment(
+    settings={"profile": "laptop", "steps": 80, "adapter": str(kitchen.ADAPTER), "control_notes": 50},
+    code=[
+        fine_tuned,
+        kitchen.fine_tune,
+        kitchen.run_config,
+        kitchen.score,
+        kitchen.with_shuffled_answers,
+    ],
+    data=["data/kitchen_tickets/train.jsonl", "data/kitchen_tickets/test.jsonl"],
+)
+def kitchen_finetune(seed: int, steps: int = 80) -> dict:
+    """Held-out exact match after training on true and on shuffled answers."""
+    rows, test = kitchen.tickets("train"), kitchen.tickets("test")
+    seen = [row for row in test if row["phrasing"] == "seen"]
+    unseen = [row for row in test if row["phrasing"] == "unseen"]
+    model, tokenizer, history = fine_tuned(rows, seed, steps)
+    figures = {
+        "first_losses": history.losses[:5],
+        "last_loss": history.losses[-1],
+        "exact_seen": kitchen.score(model, tokenizer, seen)[0].value,
+        "exact_unseen": kitchen.score(model, tokenizer, unseen)[0].value,
+    }
+    model, tokenizer, history = fine_tuned(kitchen.with_shuffled_answers(rows, seed), seed, steps)
+    figures["shuffled_last_loss"] = history.losses[-1]
+    figures["exact_shuffled"] = kitchen.score(model, tokenizer, seen[:50])[0].value
+    return figures
