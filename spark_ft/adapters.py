@@ -1,9 +1,10 @@
 """Put adapters onto a transformers model, merge them, and read and write them in PEFT's own on-disk format."""
 
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,12 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
                 f"rank={config.rank} is larger than {name} ({layer.out_features}×{layer.in_features}); "
                 f"choose at most {min(layer.in_features, layer.out_features)}"
             )
+    bases = {name: model.get_submodule(name) for name in names}
+    adapt, options = METHODS[config.method], (config.rank, config.alpha, config.dropout, config.rslora)
+    layers = {name: adapt(base, *options).train(base.training) for name, base in bases.items()}  # raises before any change
     model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        layer = METHODS[config.method](base, config.rank, config.alpha, config.dropout, config.rslora)
-        model.set_submodule(name, layer.train(base.training))
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
     model.adapter_config = config
     return model
 
@@ -101,8 +103,19 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     Returns:
         the same model. Its parameters stay frozen.
+
+    Raises:
+        ValueError: no adapters, or an adapted weight is also another module's, which must not change with it.
     """
-    for name, layer in _require_adapters(model).items():
+    layers = _require_adapters(model)
+    for name, layer in layers.items():
+        for other, module in model.named_modules():
+            if module is not layer.base and any(p is layer.base.weight for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"{name} shares its weight with {other}, which a merge would change too; keep the adapters on, "
+                    "or load the model with tie_word_embeddings=False"
+                )
+    for name, layer in layers.items():
         layer.merge()
         model.set_submodule(name, layer.base)
     del model.adapter_config
@@ -162,6 +175,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file}: not valid JSON ({error}); save the adapter again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{config_file}: not a JSON object; save the adapter again")
     try:
         tensors = load_file(weights_file)
     except SafetensorError as error:
@@ -172,6 +187,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         by_layer.setdefault(name, {})[part] = tensor
+    if not by_layer:
+        raise ValueError(f"{weights_file}: holds no adapter; save it again")
     config = AdapterConfig(
         method="dora" if fields.get("use_dora") else "lora",
         rank=fields["r"],
@@ -191,19 +208,27 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return model
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, flush it to disk, then rename it to `path`: whole or not at all, even if killed."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)`, flush it to disk, then rename it to `path`: whole or not at all, even if killed.
+
+    Raises:
+        OSError: it could not be written, for want of disk space for one; what stood at `path` still stands.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
+    temporary = Path(name)
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if "No space left" in str(error):  # safetensors wraps the system's error into its own
+            raise OSError(errno.ENOSPC, f"{path}: no disk space to write it; free some and run it again") from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _adapter_tensors(layer: LoRALinear) -> dict[str, nn.Parameter]:
@@ -267,8 +292,6 @@ def _refuse_unsupported(fields: dict, config_file: Path) -> None:
 
 def _check_fit(model, existing, by_layer, config, weights_file) -> None:
     """Raise unless every tensor has its layer, every layer its tensors, and all shapes agree."""
-    if not by_layer:
-        raise ValueError(f"{weights_file}: holds no adapter; save it again")
     modules = dict(model.named_modules())
     for name, parts in by_layer.items():
         module = modules.get(name)
