@@ -108,13 +108,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         ValueError: no adapters, or an adapted weight is also another module's, which must not change with it.
     """
     layers = _require_adapters(model)
+    elsewhere = {p: name for name, m in model.named_modules() if not hasattr(m, "in_features") for p in m.parameters(False)}
     for name, layer in layers.items():
-        for other, module in model.named_modules():
-            if module is not layer.base and any(p is layer.base.weight for p in module.parameters(recurse=False)):
-                raise ValueError(
-                    f"{name} shares its weight with {other}, which a merge would change too; keep the adapters on, "
-                    "or load the model with tie_word_embeddings=False"
-                )
+        if other := elsewhere.get(layer.base.weight):
+            raise ValueError(
+                f"{name} shares its weight with {other}, which a merge would change too; keep the adapters on, "
+                "or load the model with tie_word_embeddings=False"
+            )
     for name, layer in layers.items():
         layer.merge()
         model.set_submodule(name, layer.base)
