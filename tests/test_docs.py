@@ -1,10 +1,13 @@
 """The pages keep their word: code blocks run and print what they say, commands exist, counted numbers are counted again."""
 
+import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 
 import pytest
 
@@ -176,6 +179,7 @@ def test_counted_numbers_of_the_eli5_page_are_right():
         f"{2 * 16 / 8192:.2%} of an 8192 × 8192 table",
         f"{adapter / linear:.2%} of those layers",
         f"({adapter / 1e6:.0f} million numbers beside {linear / 1e9:.2f} billion)",
+        f"{(linear + other) / 1e9:.2f} billion weights in the plain way",
         f"{16 * (linear + other) / 1e9:,.0f} GB",
         f"{8 * nf4:.3f}\nbits where it took 16: {2 / nf4:.1f} times smaller",
         f"from {2 * (linear + other) / 1e9:.1f} GB to {(nf4 * linear + 2 * other) / 1e9:.1f} GB",
@@ -192,3 +196,20 @@ def test_counted_numbers_of_the_eli5_page_are_right():
     rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
     assert f"{sum(map(float, rows)):.0f}" == "46"
     assert "about 46 GB for rows of 2,048" in page
+
+
+def test_names_in_the_eli5_glossary_exist():
+    table = read("ELI5.md").partition("## From ELI5 to technical")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w+)[^`]*`", table)
+    assert {"LoRALinear", "load_model", "merge_adapters"} <= set(names)
+    assert not [name for name in names if not hasattr(spark_ft, name)]
+
+
+def test_quick_reference_explains_every_field_of_the_adapter_config():
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", read("QUICK_REFERENCE.md").partition("## Configuration")[2], re.M)
+    )
+    for field in fields(spark_ft.AdapterConfig):
+        if field.name != "method":
+            said = rows[field.name].strip()
+            assert said == json.dumps(field.default) or ast.literal_eval(said) == field.default
