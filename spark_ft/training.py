@@ -142,6 +142,7 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
         weight_decay=config.weight_decay,
         fused=True,
     )
+    optimizer.zero_grad()  # an interrupted step may have left some
     torch.manual_seed(config.seed)
     history = History()
     if config.checkpoint_dir is not None:
@@ -253,7 +254,7 @@ def _save_checkpoint(folder: Path, parameters, optimizer, history: History, conf
     }
     target = folder / f"step-{len(history.losses):06d}.safetensors"
     write_atomically(target, lambda path: save_file(tensors, path, header))
-    for old in _checkpoints(folder)[: -config.keep_checkpoints]:
+    for old in [*_checkpoints(folder)[: -config.keep_checkpoints], *folder.glob(".step-*")]:  # .step-*: of a killed write
         old.unlink()
 
 
@@ -271,6 +272,8 @@ def _resume(folder: Path, parameters, optimizer, config: TrainConfig) -> History
             header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); delete it to resume from the checkpoint before") from error
+    if not header or not {"history", "settings", "threads"} <= header.keys():
+        raise ValueError(f"{path}: damaged (no checkpoint of a run); delete it to resume from the checkpoint before")
     then, now = json.loads(header["settings"]), _settings(config)
     if different := [f"{key} {then.get(key)!r}, now {now[key]!r}" for key in now if then.get(key) != now[key]]:
         raise ValueError(
