@@ -138,6 +138,19 @@ def test_chosen_and_rejected_are_two_wordings_and_not_one_with_other_units(pairs
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+def test_the_answer_written_for_a_question_is_chosen_as_often_as_rejected(pairs, split):
+    written = {core.questions[i]: core.answers[i] for core in cores.read_cores(split) for i in range(len(core.questions))}
+
+    def own(row: dict, key: str, render) -> bool:
+        return row[key] in [render(written[row["prompt"]], style) for style in range(3)]
+
+    chosen = sum(own(row, "chosen", cores.metric) for row in pairs[split])
+    rejected = sum(own(row, "rejected", cores.imperial) for row in pairs[split])
+    assert chosen + rejected > len(pairs[split]) / 3
+    assert abs(chosen - rejected) <= 0.05 * len(pairs[split]), (chosen, rejected)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_a_core_has_no_unit_outside_its_braces(split):
     for core in cores.read_cores(split):
         assert len(core.questions) == len(core.answers) == {"train": 3, "test": 2}[split]

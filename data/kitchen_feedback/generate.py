@@ -11,7 +11,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kitchen_preferences"))
 
-from cores import imperial, jsonl, metric, read_cores, write_or_check  # noqa: E402
+from cores import imperial, jsonl, metric, write_or_check  # noqa: E402
+from generate import planned  # noqa: E402  (the one of kitchen_preferences)
 
 SEED = 9
 
@@ -19,15 +20,18 @@ SEED = 9
 def make() -> list[dict]:
     rng = random.Random(SEED)
     rows: list[dict] = []
-    for core in read_cores("train"):
-        count, shift = len(core.questions), rng.choice((1, 2))
+    for core, plan in sorted(planned("train")):
+        count = len(core.questions)
+        up = rng.choice([place for place in range(count) if place != plan.chosen])
+        down = rng.choice([place for place in range(count) if place not in (plan.rejected, up)])
         for i, question in enumerate(core.questions):
-            wording = (i + shift) % count
+            wording = (i + up) % count
             answer = metric(core.answers[wording], wording)
             rows.append({"prompt": question, "completion": answer, "label": True, "core": core.name})
-        wording = rng.randrange(count)
+        i = rng.randrange(count)
+        wording = (i + down) % count
         answer = imperial(core.answers[wording], wording)
-        rows.append({"prompt": core.questions[wording], "completion": answer, "label": False, "core": core.name})
+        rows.append({"prompt": core.questions[i], "completion": answer, "label": False, "core": core.name})
     rng.shuffle(rows)
     return rows
 

@@ -1,25 +1,41 @@
 """Writes train.jsonl and test.jsonl from the hand-written cores; `--check` only compares.
 
 A core is one thing to know in a kitchen: a few ways to ask for it, as many wordings of the answer, and each quantity in
-both spellings. Question i gets wording i in metric as `chosen` and another wording in imperial as `rejected`, so that
-each wording is chosen once and rejected once. Which other one, and how units are abbreviated, is searched for until
-length does not tell chosen from rejected: the longer one is chosen as often as not, at every length and difference.
+both spellings. A question gets one wording in metric as `chosen` and another in imperial as `rejected`; each wording is
+chosen once and rejected once. Which goes where, and how units are abbreviated, is searched for until neither the length
+nor the place of a wording tells chosen from rejected: the longer one is chosen as often as not, at every length and
+difference, and the wording that was written with this question in mind is chosen as often as rejected.
 """
 
 import random
 import re
 import sys
+from typing import NamedTuple
 
 from cores import HERE, Core, imperial, jsonl, metric, read_cores, write_or_check
 
 SEED = 7
 
 
-def pairs(core: Core, shift: int, style: int) -> list[dict]:
-    rows = []
+class Plan(NamedTuple):
+    """Question i gets wording i + chosen in metric and wording i + rejected in imperial, modulo their number."""
+
+    chosen: int
+    rejected: int
+    style: int
+
+
+def plans(core: Core) -> list[Plan]:
+    places = range(len(core.answers))
+    return [Plan(c, r, style) for c in places for r in places if c != r for style in range(3)]
+
+
+def pairs(core: Core, plan: Plan) -> list[dict]:
+    rows, count = [], len(core.answers)
     for i, question in enumerate(core.questions):
-        j = (i + shift) % len(core.answers)
-        chosen, rejected = metric(core.answers[i], (i + style) % 3), imperial(core.answers[j], (j + style) % 3)
+        a, b = (i + plan.chosen) % count, (i + plan.rejected) % count
+        chosen = metric(core.answers[a], (a + plan.style) % 3)
+        rejected = imperial(core.answers[b], (b + plan.style) % 3)
         rows.append({"prompt": question, "chosen": chosen, "rejected": rejected, "core": core.name})
     return rows
 
@@ -43,18 +59,21 @@ def cells(rows: list[dict]) -> list[tuple[tuple, float]]:
     return found
 
 
-def make(split: str) -> list[dict]:
-    """The split's pairs: one of six ways to pair up each core, changed one core at a time while that helps the balance."""
+def planned(split: str) -> list[tuple[Core, Plan]]:
+    """Each core with its plan, changed one core at a time for as long as that helps the balance."""
     rng = random.Random(SEED)
     cores = read_cores(split)
     rng.shuffle(cores)
-    options = [[pairs(core, s, t) for s in range(1, len(core.questions)) for t in range(3)] for core in cores]
-    weights = [[cells(rows) for rows in each] for each in options]
-    chosen = [rng.randrange(len(each)) for each in options]
-    tally: dict[tuple, float] = {}
+    options = [plans(core) for core in cores]
+    weights = [
+        [cells(pairs(core, plan)) + [("place", (plan.rejected == 0) - (plan.chosen == 0))] * 2 for plan in each]
+        for core, each in zip(cores, options, strict=True)
+    ]
+    current = [rng.randrange(len(each)) for each in options]
+    tally: dict = {}
 
     def count(core: int, sign: int) -> None:
-        for cell, weight in weights[core][chosen[core]]:
+        for cell, weight in weights[core][current[core]]:
             tally[cell] = tally.get(cell, 0.0) + sign * weight
 
     def imbalance() -> float:
@@ -62,18 +81,22 @@ def make(split: str) -> list[dict]:
 
     for core in range(len(cores)):
         count(core, 1)
-    for _ in range(200 * len(cores)):
+    for _ in range(300 * len(cores)):
         core, before = rng.randrange(len(cores)), imbalance()
-        old = chosen[core]
+        old = current[core]
         count(core, -1)
-        chosen[core] = rng.randrange(len(options[core]))
+        current[core] = rng.randrange(len(options[core]))
         count(core, 1)
         if imbalance() > before:
             count(core, -1)
-            chosen[core] = old
+            current[core] = old
             count(core, 1)
-    rows = [row for each, option in zip(options, chosen, strict=True) for row in each[option]]
-    rng.shuffle(rows)
+    return [(core, each[option]) for core, each, option in zip(cores, options, current, strict=True)]
+
+
+def make(split: str) -> list[dict]:
+    rows = [row for core, plan in planned(split) for row in pairs(core, plan)]
+    random.Random(SEED).shuffle(rows)
     return rows
 
 
