@@ -1,0 +1,621 @@
+"""Side by side with PEFT and TRL, in one run: `spark-ft bench`.
+
+A row builds the same step twice, ours and theirs, on the same weights and the same data. Before anything is timed, both
+sides' loss and gradient must be equal. Then the sides take turns, and what is reported is the median of the pairwise
+ratios: whatever slows the machine for a while slows both halves of a pair. Memory is measured in a process of its own.
+A later row is one more `Row` in ROWS.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
+from spark_ft.data import IGNORE, collate_sft, read_records, render
+from spark_ft.methods.lora import LoRALinear
+from spark_ft.models import ROOT, load_model
+from spark_ft.training import sft_loss
+
+TOLERANCE = 1e-5  # largest relative difference of loss and of gradient, fp32
+Gemms = dict[tuple[int, int, int], int]  # (rows, in, out) of x Wᵀ → how often a step computes it
+
+
+@dataclass(frozen=True)
+class Side:
+    """One library's version of a step.
+
+    Args:
+        step: the step, as it is timed.
+        loss_and_gradient: (loss, gradient by parameter name), computed without changing any weight.
+    """
+
+    step: Callable[[], object]
+    loss_and_gradient: Callable[[], tuple[float, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared.
+
+    Args:
+        name: what it is called on the command line.
+        says: what one step is, in a few words.
+        ours, theirs: module-level functions (another process imports them by name) that build a side, the same each time.
+        work: floating-point operations of one step, and its matrix products' shapes, called after ours is built.
+        repeats: steps in one timing, for steps that are too short to time alone.
+    """
+
+    name: str
+    says: str
+    ours: Callable[[], Side]
+    theirs: Callable[[], Side]
+    work: Callable[[], tuple[int, Gemms]]
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured; `seconds` are of one step, `order` is the order in which the sides were timed."""
+
+    row: str
+    says: str
+    ours_seconds: list[float]
+    theirs_seconds: list[float]
+    order: str
+    loss_difference: float
+    gradient_difference: float
+    ours_extra_bytes: int
+    theirs_extra_bytes: int
+    step_flops: int
+    gemm_gflops: float
+
+    @property
+    def ratios(self) -> list[float]:
+        """theirs / ours of each pair: 2 means that ours took half the time."""
+        return [theirs / ours for ours, theirs in zip(self.ours_seconds, self.theirs_seconds, strict=True)]
+
+    @property
+    def gflops(self) -> float:
+        """What our step reaches, at its median time."""
+        return self.step_flops / median(self.ours_seconds) / 1e9
+
+
+# ── the harness ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare(row: Row, pairs: int = 7) -> Result:
+    """Check that both sides compute the same, then time them in turns, then measure each one's memory.
+
+    Raises:
+        ValueError: the sides' losses or gradients differ by more than TOLERANCE; says which and by how much.
+    """
+    ours, theirs = row.ours(), row.theirs()
+    loss_difference, gradient_difference = check_equal(row.name, ours, theirs)
+    flops, gemms = row.work()
+    rate = GemmRate(gemms)
+    for side in (ours, theirs, ours, theirs):  # warm-up: allocator, thread pools, optimizer state
+        side.step()
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    order = ""
+    for _ in range(pairs):
+        for name, side in (("ours", ours), ("theirs", theirs)):
+            seconds[name].append(_seconds(side.step, row.repeats))
+            order += name[0]
+        rate.sample()
+    del ours, theirs, side
+    gc.collect()
+    extra = [peak_extra_bytes(build) for build in (row.ours, row.theirs)]
+    return Result(
+        row.name,
+        row.says,
+        seconds["ours"],
+        seconds["theirs"],
+        order,
+        loss_difference,
+        gradient_difference,
+        *extra,
+        flops,
+        rate.gflops,
+    )
+
+
+def check_equal(name: str, ours: Side, theirs: Side) -> tuple[float, float]:
+    """Relative differences of loss and of the whole gradient, ‖g − g'‖ / ‖g'‖.
+
+    Raises:
+        ValueError: either is above TOLERANCE or not a number, or the sides have gradients of different parameters.
+    """
+    (loss, gradient), (their_loss, their_gradient) = ours.loss_and_gradient(), theirs.loss_and_gradient()
+    if gradient.keys() != their_gradient.keys():
+        alone = sorted(gradient.keys() ^ their_gradient.keys())
+        raise ValueError(f"{name}: only one side has a gradient of {', '.join(alone[:3])}; nothing was timed")
+    loss_difference = abs(loss - their_loss) / abs(their_loss)
+    if not loss_difference <= TOLERANCE:
+        raise ValueError(
+            f"{name}: the losses differ by {loss_difference:.1e} (ours {loss:.8g}, theirs {their_loss:.8g}; "
+            f"at most {TOLERANCE:g}); nothing was timed"
+        )
+    apart = {key: (g.double() - their_gradient[key].double()).norm().item() for key, g in gradient.items()}
+    whole = sum(g.double().norm().item() ** 2 for g in their_gradient.values()) ** 0.5
+    difference = sum(d**2 for d in apart.values()) ** 0.5 / whole
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"{name}: the gradients differ by {difference:.1e} (at most {TOLERANCE:g}), most of all that of "
+            f"{max(apart, key=apart.get)}; nothing was timed"
+        )
+    return loss_difference, difference
+
+
+class GemmRate:
+    """The machine's fp32 rate on a step's own matrix products: each shape's best of several runs, weighted as in the step."""
+
+    def __init__(self, gemms: Gemms):
+        self.gemms = gemms
+        self.best = dict.fromkeys(gemms, float("inf"))
+
+    def sample(self, runs: int = 3) -> None:
+        device = _device()
+        for rows, inner, out in self.gemms:
+            x, w = torch.randn(rows, inner, device=device), torch.randn(out, inner, device=device)
+            for _ in range(runs):
+                seconds = _seconds(lambda x=x, w=w: x @ w.T, 1)
+                self.best[rows, inner, out] = min(self.best[rows, inner, out], seconds)
+
+    @property
+    def gflops(self) -> float:
+        flops = sum(2 * m * k * n * count for (m, k, n), count in self.gemms.items())
+        return flops / sum(self.best[shape] * count for shape, count in self.gemms.items()) / 1e9
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _seconds(step: Callable[[], object], repeats: int) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def peak_extra_bytes(build: Callable[[], Side], steps: int = 2) -> int:
+    """Most memory that `steps` steps hold at once beyond what is resident once the side is built, in a fresh process.
+
+    Gradients, optimizer state and whatever is kept for backward count; weights and libraries do not. On CPU it is
+    resident memory; on CUDA, what torch allocates on the device.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_start_process) as fresh:
+        return fresh.submit(_peak_of_steps, build, steps, torch.get_num_threads()).result()
+
+
+def _start_process() -> None:
+    from spark_ft.lab import quiet_known_messages
+
+    quiet_known_messages()
+
+
+def _peak_of_steps(build: Callable[[], Side], steps: int, threads: int) -> int:
+    torch.set_num_threads(threads)
+    side = build()
+    once = torch.randn(2048, 2048, device=_device(), requires_grad=True)
+    (once @ once).sum().backward()  # libraries make their workspaces at the first matrix product and keep them
+    del once
+    gc.collect()
+    if torch.cuda.is_available():
+        rest = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            side.step()
+        return torch.cuda.max_memory_allocated() - rest
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed set-up memory that the steps would use again is not theirs
+    peak = _PeakResident()
+    for _ in range(steps):
+        side.step()
+    return peak.stop() - peak.rest
+
+
+class _PeakResident:
+    """This process's peak resident bytes from now on: the kernel's own high-water mark on Linux, else sampled every ms."""
+
+    def __init__(self):
+        self.rest = self.peak = psutil.Process().memory_info().rss
+        self._done = threading.Event()
+        self._sampler = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident (man 5 proc)
+        except OSError:
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.001):
+            self.peak = max(self.peak, process.memory_info().rss)
+
+    def stop(self) -> int:
+        if self._sampler is None:
+            mark = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+            return int(mark.split()[1]) * 1024
+        self._done.set()
+        self._sampler.join()
+        return self.peak
+
+
+# ── counting a step's work ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def step_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Floating-point operations that one SFT step on this batch needs, in its linear layers and its head.
+
+        2·N·in·out   for each linear layer forward, and again for its input's gradient; once more where the layer trains
+        6·N·r·(in + out)   for each adapter: forward, gradient of its input, gradients of A and B
+        4·M·V·H      for the head: logits, and their gradient with respect to the hidden states
+
+    N is the number of real tokens and M that of completion tokens: padding, and prompt rows in the head, are not needed.
+    Attention's scores, element-wise work and whatever is computed twice are left out, so a rate made from it is modest.
+    """
+    tokens, rows = int(batch["attention_mask"].sum()), _completion_tokens(batch)
+    head = model.get_output_embeddings()
+    total = 0
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            total += 6 * tokens * module.rank * (module.in_features + module.out_features)
+        elif isinstance(module, nn.Linear):
+            passes = 3 if module.weight.requires_grad else 2
+            total += passes * 2 * module.weight.numel() * (rows if module is head else tokens)
+    return total
+
+
+def step_gemms(model: nn.Module, batch: dict[str, Tensor]) -> Gemms:
+    """The shapes of the model's linear layers at this batch's size, and how often each occurs."""
+    tokens, gemms = int(batch["attention_mask"].sum()), {}
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            rows = _completion_tokens(batch) if module is head else tokens
+            shape = (rows, module.in_features, module.out_features)
+            gemms[shape] = gemms.get(shape, 0) + 1
+    return gemms
+
+
+def _completion_tokens(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+# ── row: one SFT step against TRL's SFTTrainer with PEFT ─────────────────────────────────────────────────────────────────
+# Both sides get our token ids. Left to itself TRL would also score the newline that the template writes after the answer's
+# last token; a dataset that brings `input_ids` and `completion_mask` is taken as it is, and scores what ours does.
+
+SFT_ROWS, SFT_RANK, SFT_RATE, SFT_LENGTH, SFT_CLIP = 8, 16, 1e-4, 512, 1.0
+
+
+def _sft_model():
+    model, tokenizer = load_model(dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.sum()  # weights are mapped from disk: read them now, or the first step's memory would count them
+    records = read_records(ROOT / "data/kitchen_tickets/train.jsonl", "sft")[:SFT_ROWS]
+    return model, tokenizer, records
+
+
+def _fill_adapters(parameters: dict[str, Tensor]) -> None:
+    """The same values on both sides, B not zero: at its usual start every gradient of A is zero, and hides mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in sorted(parameters):
+            parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=generator))
+
+
+def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the gradients off the parameters."""
+    taken = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    for p in parameters.values():
+        p.grad = None
+    return taken
+
+
+def _sft_ours() -> Side:
+    model, tokenizer, records = _sft_model()
+    add_adapters(model, AdapterConfig(rank=SFT_RANK)).train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _fill_adapters(parameters)
+    batch = {key: value.to(model.device) for key, value in collate_sft(records, tokenizer, SFT_LENGTH).items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=SFT_RATE, weight_decay=0.0, fused=True)
+
+    def backward() -> float:  # as `train` does it: the sum's gradient, then divided by the count
+        loss, count = sft_loss(model, batch)
+        loss.backward()
+        for p in parameters.values():
+            p.grad /= count
+        return loss.item() / count
+
+    def step() -> None:
+        backward()
+        nn.utils.clip_grad_norm_(parameters.values(), SFT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Side(step, lambda: (backward(), _gradients(parameters)))
+
+
+def _sft_theirs() -> Side:
+    import datasets
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer, records = _sft_model()
+    model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces
+    dataset = datasets.Dataset.from_list(
+        [
+            {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
+            for prompt, completion in (render(record, tokenizer) for record in records)
+        ]
+    )
+    datasets.disable_progress_bars()
+    config = SFTConfig(
+        output_dir=tempfile.gettempdir(),  # nothing is written: no step of `trainer.train()` is taken
+        bf16=False,
+        activation_checkpointing=False,  # the new name of gradient_checkpointing
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        completion_only_loss=True,
+        packing=False,
+        max_length=SFT_LENGTH,
+        per_device_train_batch_size=SFT_ROWS,
+        learning_rate=SFT_RATE,
+        max_grad_norm=SFT_CLIP,
+        dataloader_pin_memory=False,
+    )
+    lora = LoraConfig(r=SFT_RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    parameters = {_our_name(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    _fill_adapters(parameters)
+    batch = next(iter(trainer.get_train_dataloader()))
+    if _scored(batch) != _scored(collate_sft(records, tokenizer, SFT_LENGTH)):
+        raise ValueError("sft-step: TRL's batch scores other tokens than ours; nothing was timed")
+    trainer.current_gradient_accumulation_steps = 1  # as `trainer.train()` sets it
+    optimizer = trainer.create_optimizer()
+
+    def backward() -> float:
+        return trainer.training_step(trainer.model, dict(batch)).item()
+
+    def step() -> None:
+        backward()
+        trainer.accelerator.clip_grad_norm_(parameters.values(), SFT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Side(step, lambda: (backward(), _gradients(parameters)))
+
+
+def _our_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+
+
+def _scored(batch: dict[str, Tensor]) -> list:
+    """Each row's real tokens and labels, in an order of its own: a batch's rows may be shuffled."""
+    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
+    return sorted((ids[real].tolist(), labels[real].tolist()) for ids, labels, real in rows)
+
+
+def _sft_work() -> tuple[int, Gemms]:
+    model, tokenizer, records = _sft_model()
+    batch = collate_sft(records, tokenizer, SFT_LENGTH)
+    add_adapters(model, AdapterConfig(rank=SFT_RANK))
+    return step_flops(model, batch), step_gemms(model, batch)
+
+
+# ── rows: one LoRA layer against PEFT's ──────────────────────────────────────────────────────────────────────────────────
+
+LAYER_TOKENS, LAYER_RANK = 1024, 16
+
+
+def _layer_input(in_features: int, out_features: int) -> tuple[nn.Linear, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Linear(in_features, out_features, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / in_features**0.5)
+    x = torch.randn(LAYER_TOKENS, in_features, generator=generator)
+    return layer.to(_device()), x.to(_device()).requires_grad_()
+
+
+def _layer_side(layer: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Side:
+    _fill_adapters(parameters)
+    parameters = {**parameters, "x": x}
+
+    def loss_and_gradient() -> tuple[float, dict[str, Tensor]]:
+        y = layer(x)
+        y.backward(y.detach())  # the loss is ½‖y‖², whose gradient is y
+        return 0.5 * y.detach().double().square().sum().item(), _gradients(parameters)
+
+    def step() -> None:
+        y = layer(x)
+        y.backward(y.detach())
+        _gradients(parameters)
+
+    return Side(step, loss_and_gradient)
+
+
+def _layer_ours(in_features: int, out_features: int) -> Side:
+    base, x = _layer_input(in_features, out_features)
+    layer = LoRALinear(base, LAYER_RANK)
+    return _layer_side(layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B}, x)
+
+
+def _layer_theirs(in_features: int, out_features: int) -> Side:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base, x = _layer_input(in_features, out_features)
+    config = LoraConfig(r=LAYER_RANK, lora_alpha=32, lora_dropout=0.0, target_modules=["0"])
+    layer = inject_adapter_in_model(config, nn.Sequential(base))[0].train()
+    return _layer_side(layer, {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}, x)
+
+
+def _layer_work(in_features: int, out_features: int) -> tuple[int, Gemms]:
+    base, adapter = in_features * out_features, LAYER_RANK * (in_features + out_features)
+    return LAYER_TOKENS * (4 * base + 6 * adapter), {(LAYER_TOKENS, in_features, out_features): 1}
+
+
+def _small_ours() -> Side:
+    return _layer_ours(576, 1536)
+
+
+def _small_theirs() -> Side:
+    return _layer_theirs(576, 1536)
+
+
+def _large_ours() -> Side:
+    return _layer_ours(2048, 2048)
+
+
+def _large_theirs() -> Side:
+    return _layer_theirs(2048, 2048)
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            "sft-step",
+            f"one SFT step, {SFT_ROWS} kitchen tickets, LoRA r{SFT_RANK} on all linear layers, AdamW; theirs SFTTrainer + PEFT",
+            _sft_ours,
+            _sft_theirs,
+            _sft_work,
+        ),
+        Row(
+            "lora-layer",
+            f"one LoRA r{LAYER_RANK} layer 576→1536, {LAYER_TOKENS} tokens, forward and backward; theirs PEFT",
+            _small_ours,
+            _small_theirs,
+            lambda: _layer_work(576, 1536),
+            repeats=20,
+        ),
+        Row(
+            "lora-layer-2048",
+            f"one LoRA r{LAYER_RANK} layer 2048→2048, {LAYER_TOKENS} tokens, forward and backward; theirs PEFT",
+            _large_ours,
+            _large_theirs,
+            lambda: _layer_work(2048, 2048),
+            repeats=10,
+        ),
+    )
+}
+
+
+# ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def machine() -> dict[str, object]:
+    """Where, when and with what a measurement was taken."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def table(results: Sequence[Result], where: dict[str, object]) -> str:
+    """A Markdown table of the results, what each row is, and where they were measured."""
+    head = ("row", "ours", "theirs", "theirs / ours (range)")
+    head += ("extra memory: ours", "theirs", "theirs / ours", "ours, GFLOP/s", "of the GEMM rate")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for r in results:
+        cells = (
+            r.row,
+            _time(median(r.ours_seconds)),
+            _time(median(r.theirs_seconds)),
+            f"**{median(r.ratios):.2f}** ({min(r.ratios):.2f}–{max(r.ratios):.2f})",
+            _megabytes(r.ours_extra_bytes),
+            _megabytes(r.theirs_extra_bytes),
+            f"**{r.theirs_extra_bytes / r.ours_extra_bytes:.2f}**" if r.ours_extra_bytes > 0 else "–",
+            f"{r.gflops:.0f}",
+            f"{r.gflops / r.gemm_gflops:.0%} of {r.gemm_gflops:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {r.row}: {r.says}. Equal first: loss to {r.loss_difference:.0e}, gradient to "
+                    f"{r.gradient_difference:.0e}; {len(r.ratios)} pairs." for r in results)]  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    lines.append(
+        f"\n{where['device']}, {where['cores']} cores, {where['threads']} threads, load {where['load_average']} at the start, "
+        f"fp32, {versions}, {where['date']}. MB = 10⁶ bytes."
+    )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the rows, print the table, and write the measurements where `--json` says."""
+    parser = argparse.ArgumentParser(
+        prog="spark-ft bench",
+        description="Time and memory of training steps beside PEFT's and TRL's, after checking that both compute the same.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="rows:\n" + "\n".join(f"  {row.name:<16} {row.says}" for row in ROWS.values()),
+    )
+    parser.add_argument("rows", nargs="*", metavar="row", help="which rows; default all")
+    parser.add_argument("--pairs", type=int, default=7, help="how often each side is timed (default 7)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement here")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f'no row is called "{unknown[0]}"; there are {", ".join(ROWS)}')
+    if options.pairs < 1:
+        parser.error(f"--pairs is {options.pairs}; at least one pair is needed")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}; make it first")
+    _start_process()
+    where, results = machine(), []
+    for name in options.rows or ROWS:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            results.append(compare(ROWS[name], options.pairs))
+        except ValueError as error:
+            print(f"spark-ft bench: {error}", file=sys.stderr)
+            return 1
+    print(table(results, where))
+    if options.json:
+        text = json.dumps({**where, "rows": [asdict(r) for r in results]}, indent=1) + "\n"
+        write_atomically(options.json, lambda path: path.write_text(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
