@@ -73,7 +73,7 @@ def exact_match(outputs: Sequence[str], references: Sequence[str]) -> list[bool]
         ValueError: the two have different lengths.
     """
     _same_length(outputs, references)
-    return [_parsed(out) == _parsed(ref) for out, ref in zip(outputs, references, strict=True)]
+    return [_canonical(out) == _canonical(ref) for out, ref in zip(outputs, references, strict=True)]
 
 
 def field_f1(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -106,6 +106,14 @@ def _same_length(outputs, references) -> None:
         raise ValueError(f"{len(outputs)} outputs for {len(references)} references; there must be one for each")
 
 
+def _canonical(text: str) -> str:
+    """One spelling for equal JSON; a comparison of Python's values would take true for 1."""
+    try:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except ValueError:
+        return text.strip()
+
+
 def _parsed(text: str):
     """The JSON value, or the stripped text where it is not JSON."""
     try:
@@ -135,7 +143,13 @@ def _fields(ticket) -> Counter:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16, max_length: int = 1024) -> float:
-    """exp(−mean log p) over the completion tokens of `records`: 1 is certain, the vocabulary's size is clueless."""
+    """exp(−mean log p) over the completion tokens of `records`: 1 is certain, the vocabulary's size is clueless.
+
+    Raises:
+        ValueError: no records.
+    """
+    if not len(records):
+        raise ValueError("an empty data set: no rows to measure on; check the file or the filter before this")
     training = model.training
     model.eval()
     total, count = 0.0, 0
