@@ -28,7 +28,7 @@ test: $(READY)
 	$(PY) -m pytest $(ARGS)
 
 test-fast: $(READY)
-	$(PY) -m pytest -m "not notebooks" $(ARGS)
+	$(PY) -m pytest -m "not notebooks and not slow" $(ARGS)
 
 build: $(READY)
 	$(PY) -m spark_ft.lab.build $(ARGS)

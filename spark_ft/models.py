@@ -4,6 +4,7 @@ The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It comes inside the pa
 is converted to safetensors once, into a cache folder under the repository, and loads from there without any network.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from spark_ft.methods.packing import packed_attention
 
@@ -100,9 +102,13 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _no_progress_bar():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or profile().dtype, device_map={"": device})
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or profile().dtype, device_map={"": device}, use_safetensors=True
+            )
         except OSError as error:
             raise OSError(_unreachable(folder)) from error
+        except SafetensorError as error:
+            raise OSError(f"{folder}: its weights are damaged ({error}); download or save the model again") from error
     if embedded:
         model.config._name_or_path = EMBEDDED_HUB_ID  # what adapters saved from it should name, not a folder of this machine
     if device == "cpu" and _plain_causal(model.config):
@@ -178,9 +184,21 @@ def embedded_folder() -> Path:
     """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged."""
     folder = CACHE / EMBEDDED
     if not _intact(folder):
-        with _no_progress_bar():
-            _convert(_embedded_gguf(), folder)
+        with _lock(CACHE / f".{EMBEDDED}.lock"), _no_progress_bar():
+            if not _intact(folder):  # another process may have converted it while this one waited
+                for leftover in CACHE.glob(f".{EMBEDDED}.*/"):  # of a conversion that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _convert(_embedded_gguf(), folder)
     return folder
+
+
+@contextmanager
+def _lock(path: Path):
+    """One process at a time; the system lets go of it when a process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _intact(folder: Path) -> bool:
@@ -222,7 +240,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"converting the embedded model {EMBEDDED} (once, about 20 s) …", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder.parent).free < 1e9:
         raise OSError(f"less than 1 GB is free under {folder.parent}; the embedded model takes 0.54 GB: free some space")
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
