@@ -1,14 +1,11 @@
-"""Records, their validation, chat templates, label masks and collators.
+"""From records to batches: chat templates, label masks, collators, and the log-probabilities of what is learned.
 
-A record is a plain dict, one JSON object a line in its file. Nothing here knows a model's special tokens: every text
-goes through the tokenizer's own chat template.
+Nothing here knows a model's special tokens: every text goes through the tokenizer's own chat template.
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,121 +16,33 @@ from torch.nn import functional as F
 from spark_ft.methods.logprobs import chunked_logps, token_logps
 from spark_ft.methods.packing import pack
 from spark_ft.models import PACKED
+from spark_ft.records import check_records, find_fault, iter_records, read_records, write_records
+
+__all__ = [
+    "IGNORE",
+    "all_answers",
+    "check_records",
+    "collate_feedback",
+    "collate_preferences",
+    "collate_sft",
+    "completion_logps",
+    "feedback_batches",
+    "iter_records",
+    "last_answer",
+    "preference_batches",
+    "read_records",
+    "render",
+    "sequence_logps",
+    "sft_batches",
+    "whole_conversation",
+    "with_prompt",
+    "write_records",
+]
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label that transformers' and torch's cross-entropy leave out
-ROLES = ("system", "user", "assistant", "tool")
-
-
-def _text(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return f"must be a text, not {_type_name(value)}; put it in quotes"
-    if not value.strip():
-        return "is empty; fill it in or drop the row"
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # json lets lone surrogates through, tokenizers do not
-        return r"holds half a character (a lone \ud800–\udfff escape); save the text again from its source as UTF-8"
-    return None
-
-
-def _boolean(value: Any) -> str | None:
-    if isinstance(value, bool):
-        return None
-    return f"must be true or false, not {json.dumps(value)}; write the thumb as true (up) or false (down)"
-
-
-def _messages(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return f'must be a list of messages, not {_type_name(value)}; write [{{"role": …, "content": …}}, …]'
-    if not value:
-        return "is empty; fill it in or drop the row"
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            return f"at [{i}] must be an object with role and content, not {_type_name(message)}"
-        if message.get("role") not in ROLES:
-            return f"at [{i}] has the role {json.dumps(message.get('role'))}; use one of {', '.join(ROLES)}"
-        if complaint := _text(message["content"]) if "content" in message else "is missing; fill it in or drop the row":
-            return f'at [{i}]: "content" {complaint}'
-    return None
-
-
-KINDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
-    "sft": {"prompt": _text, "completion": _text},
-    "preference": {"prompt": _text, "chosen": _text, "rejected": _text},
-    "feedback": {"prompt": _text, "completion": _text, "label": _boolean},
-    "chat": {"messages": _messages},
-}
-
-
-def iter_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSONL file one by one, each checked; the file is never in memory as a whole.
-
-    Args:
-        path: UTF-8 JSONL file, one object a line. Blank lines are skipped, fields beyond the kind's own are kept.
-        kind: "sft" (prompt, completion), "preference" (prompt, chosen, rejected),
-            "feedback" (prompt, completion, label) or "chat" (messages: role, content).
-
-    Raises:
-        ValueError: with file, line, field and mend, on the first bad line; also if the file is missing or has no rows.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of records; use one of {', '.join(KINDS)}")
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the path (relative ones start at {Path.cwd()})")
-    return _checked_lines(path, kind)
-
-
-def read_records(path: str | Path, kind: str) -> list[dict[str, Any]]:
-    """All records of a JSONL file as a list; arguments and errors are those of `iter_records`."""
-    return list(iter_records(path, kind))
-
-
-def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            empty = False
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: malformed JSON at column {error.colno} ({error.msg}); "
-                    "a JSONL file has one whole JSON object on each line"
-                ) from error
-            if complaint := _complaint(record, kind):
-                raise ValueError(f"{path}:{number}: {complaint}")
-            yield record
-    if empty:
-        raise ValueError(f"{path}: an empty data set; it needs at least one row of {', '.join(KINDS[kind])}")
-
-
-def _complaint(record: Any, kind: str) -> str | None:
-    """What is wrong with a record and how to mend it, or None."""
-    if not isinstance(record, dict):
-        return f'a row must be a JSON object, not {_type_name(record)}; write {{"{next(iter(KINDS[kind]))}": …}}'
-    for field, check in KINDS[kind].items():
-        if field not in record:
-            return f'"{field}" is missing; a row of kind "{kind}" has {", ".join(KINDS[kind])}'
-        if complaint := check(record[field]):
-            return f'"{field}" {complaint}'
-    if kind == "preference" and record["chosen"] == record["rejected"]:
-        return '"chosen" equals "rejected"; a pair teaches nothing if both are the same, so change one or drop the row'
-    return None
-
-
-def _type_name(value: Any) -> str:
-    names = {str: "a text", bool: "true or false", type(None): "null", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
 
 
 def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -148,20 +57,31 @@ def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tupl
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type; the chat does not end with the assistant; the
-            template does not keep the prompt's tokens as a prefix, or does not end the turn.
+        ValueError: a field is missing, empty or of the wrong type, or holds one of the tokenizer's control tokens; the
+            chat does not end with the assistant; the template does not keep the prompt's tokens as a prefix, or does not
+            end the turn.
     """
-    if complaint := _complaint(record, "chat" if "messages" in record else "sft"):
+    if complaint := find_fault(record, "chat" if "messages" in record else "sft"):
         raise ValueError(complaint)
     if "messages" in record:
         messages = record["messages"]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError('"messages" must end with an answer by the assistant; add one or drop the row')
-    else:
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["completion"]},
-        ]
+        return _render(messages, [f'"messages" at [{i}]: "content"' for i in range(len(messages))], tokenizer)
+    return _render_answer(record, "completion", tokenizer)
+
+
+def _render_answer(record, field: str, tokenizer) -> tuple[list[int], list[int]]:
+    messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record[field]}]
+    return _render(messages, ['"prompt"', f'"{field}"'], tokenizer)
+
+
+def _render(messages: list[dict], fields: list[str], tokenizer) -> tuple[list[int], list[int]]:
+    for message, field in zip(messages, fields, strict=True):
+        for token in tokenizer.all_special_tokens:
+            # the tokenizer cannot tell it from the template's own: the text would end its turn, or open another's
+            if token in message["content"]:
+                raise ValueError(f"{field} holds the control token {token!r}; take it out or write it otherwise")
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     if whole[: len(prompt)] != prompt:
@@ -179,25 +99,126 @@ def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tupl
     return prompt, completion[:end]
 
 
-def collate_sft(
-    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int = 1024
-) -> dict[str, Int[Tensor, "rows length"]]:
-    """One right-padded batch for supervised fine-tuning; only completion tokens carry a label.
+# ── what is learned ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    labels[b, t] = input_ids[b, t] where t is in b's completion (its end-of-turn token too), −100 elsewhere. They are
-    not shifted: a model that is given `labels` shifts them itself.
+Marked = tuple[list[int], list[bool]]
+
+
+def last_answer(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
+    """Token ids of a conversation, and for each whether it is learned: the last answer and its end-of-turn token."""
+    prompt, completion = render(record, tokenizer)
+    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+
+
+def all_answers(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
+    """Token ids of a conversation, and for each whether it is learned: every answer of the assistant, end-of-turn included.
+
+    Raises:
+        ValueError: as `render`; or the template writes an answer otherwise once more turns follow it, as those do that drop
+            the reasoning of earlier turns.
+    """
+    ids, learned = last_answer(record, tokenizer)
+    messages = record.get("messages", [])
+    for i in range(1, len(messages) - 1):
+        if messages[i]["role"] == "assistant":
+            prompt, answer = render({"messages": messages[: i + 1]}, tokenizer)
+            start, end = len(prompt), len(prompt) + len(answer)
+            if ids[:end] != prompt + answer:
+                raise ValueError(
+                    f"the chat template changes the answer at [{i}] when more turns follow; "
+                    "learn the last answer only, or give the tokenizer a template that keeps the earlier ones"
+                )
+            learned[start:end] = [True] * len(answer)
+    return ids, learned
+
+
+def whole_conversation(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
+    """Token ids of a conversation, all of them learned: what everyone said, and the template's own marks."""
+    ids, _ = last_answer(record, tokenizer)
+    return ids, [True] * len(ids)
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def collate_sft(
+    records: Sequence[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int = 1024,
+    learn: Callable[[dict[str, Any], "PreTrainedTokenizerBase"], Marked] = last_answer,
+) -> dict[str, Int[Tensor, "rows length"]]:
+    """One right-padded batch for supervised fine-tuning; only learned tokens carry a label.
+
+    labels[b, t] = input_ids[b, t] where t is learned (by default b's completion, its end-of-turn token too), −100
+    elsewhere. They are not shifted: a model that is given `labels` shifts them itself.
 
     Args:
-        records: B rows that `render` takes.
-        max_length: rows with more tokens lose prompt tokens from the start, never any of the completion.
+        records: B rows that `render` takes, in a list or a `datasets.Dataset`.
+        max_length: rows with more tokens lose the first of them, never any of the last answer.
+        learn: which tokens: `last_answer`, `all_answers` or `whole_conversation`.
 
     Returns:
         input_ids, attention_mask and labels, each int64 of shape (B, L), L the longest row's length.
 
     Raises:
-        ValueError: no rows, or a completion that does not fit max_length behind one token of its prompt.
+        ValueError: no rows, or a last answer that does not fit max_length behind one token of its prompt.
     """
-    return _pad(_encode(records, tokenizer, max_length), tokenizer)
+    return _stack_sft(_each(records, lambda row: _sft_row(row, tokenizer, max_length, learn)), tokenizer)
+
+
+def collate_preferences(
+    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int = 1024
+) -> dict[str, Int[Tensor, "rows ..."]]:
+    """One batch of pairs, a row a pair; the prompt comes once. `with_prompt` makes a side of it what a model can be given.
+
+    Args:
+        records: B "preference" rows (prompt, chosen, rejected).
+        max_length: prompts lose their start until they fit in front of the longer answer; answers are never cut.
+
+    Returns:
+        prompt_ids, prompt_mask (B, P) padded on the left; chosen_ids, chosen_mask (B, C) and rejected_ids, rejected_mask
+        (B, R) padded on the right, each answer with its end-of-turn token; row (B,), the pair's index in `records`.
+
+    Raises:
+        ValueError: as `collate_sft`.
+    """
+    return _stack(_each(records, lambda row: _answers_row(row, "preference", tokenizer, max_length)), tokenizer)
+
+
+def collate_feedback(
+    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int = 1024
+) -> dict[str, Tensor]:
+    """One batch of thumbs, a row a thumb, with the mismatched pairs that KTO's KL estimate needs.
+
+    Args:
+        records: B "feedback" rows (prompt, completion, label).
+        max_length: prompts lose their start until they fit in front of their completion; completions are never cut. A
+            mismatched pair may be longer by as much as its completion is longer than the prompt's own.
+
+    Returns:
+        prompt_ids, prompt_mask (B, P) padded on the left; completion_ids, completion_mask (B, C) padded on the right;
+        mismatched_ids, mismatched_mask (B, C), the completion of the row before (of the last row, for the first);
+        desirable (B,) bool; row (B,), the thumb's index in `records`.
+
+    Raises:
+        ValueError: as `collate_sft`; or fewer than two rows.
+    """
+    return _stack_feedback(_each(records, lambda row: _answers_row(row, "feedback", tokenizer, max_length)), tokenizer)
+
+
+def with_prompt(batch: dict[str, Tensor], side: str) -> dict[str, Int[Tensor, "rows length"]]:
+    """Prompt and one answer as `sequence_logps` takes them: input_ids, attention_mask and labels (B, L), right-padded.
+
+    Args:
+        batch: of `collate_preferences` or `collate_feedback`.
+        side: "chosen" or "rejected"; "completion" or "mismatched".
+    """
+    ids = torch.cat([batch["prompt_ids"], batch[f"{side}_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch[f"{side}_mask"]], 1)
+    learned = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch[f"{side}_mask"]], 1)
+    labels = torch.where(learned.bool(), ids, IGNORE)
+    order = mask.argsort(1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # real tokens first, in their order
+    return {name: x.gather(1, order) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
 def sft_batches(
@@ -206,6 +227,7 @@ def sft_batches(
     batch_size: int,
     seed: int = 0,
     max_length: int = 1024,
+    learn: Callable[[dict[str, Any], "PreTrainedTokenizerBase"], Marked] = last_answer,
 ) -> Callable[[int], dict[str, Int[Tensor, "rows length"]]]:
     """The batch of optimizer step t, as a pure function of (seed, t): a resumed run asks for the step it stopped at.
 
@@ -217,11 +239,39 @@ def sft_batches(
         records: N rows; all are tokenized here, once, so that a bad one is met before training starts.
         batch_size: B, rows an optimizer step.
         seed: another seed gives another order.
-        max_length: as in `collate_sft`, which also names the tensors returned and the errors.
+        max_length, learn: as in `collate_sft`, which also names the tensors returned and the errors.
     """
+    rows = _each(records, lambda row: _sft_row(row, tokenizer, max_length, learn))
+    return _by_step(rows, lambda chosen: _stack_sft(chosen, tokenizer), batch_size, seed)
+
+
+def preference_batches(
+    records: Sequence[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    seed: int = 0,
+    max_length: int = 1024,
+) -> Callable[[int], dict[str, Tensor]]:
+    """`sft_batches` for pairs: step t's batch as `collate_preferences` makes it, `row` telling which pairs they are."""
+    rows = _each(records, lambda row: _answers_row(row, "preference", tokenizer, max_length))
+    return _by_step(rows, lambda chosen: _stack(chosen, tokenizer), batch_size, seed)
+
+
+def feedback_batches(
+    records: Sequence[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    seed: int = 0,
+    max_length: int = 1024,
+) -> Callable[[int], dict[str, Tensor]]:
+    """`sft_batches` for thumbs: step t's batch as `collate_feedback` makes it, `row` telling which thumbs they are."""
+    rows = _each(records, lambda row: _answers_row(row, "feedback", tokenizer, max_length))
+    return _by_step(rows, lambda chosen: _stack_feedback(chosen, tokenizer), batch_size, seed)
+
+
+def _by_step(rows: list[Any], stack: Callable[[list[Any]], dict[str, Tensor]], batch_size: int, seed: int):
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a step needs at least one row")
-    rows = _encode(records, tokenizer, max_length)
 
     @lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> list[int]:
@@ -229,53 +279,87 @@ def sft_batches(
         random.Random(f"{seed}/{epoch}").shuffle(order)
         return order
 
-    def batch(step: int) -> dict[str, Int[Tensor, "rows length"]]:
+    def batch(step: int) -> dict[str, Tensor]:
         places = (divmod(i, len(rows)) for i in range(step * batch_size, (step + 1) * batch_size))
-        return _pad([rows[epoch_order(epoch)[i]] for epoch, i in places], tokenizer)
+        return stack([rows[epoch_order(epoch)[i]] for epoch, i in places])
 
     return batch
 
 
-def _encode(
-    records: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion ids of each row, the prompt cut from its start where the row is too long."""
+def _each(records: Sequence[dict[str, Any]], encode: Callable[[dict[str, Any]], Any]) -> list[Any]:
     if not len(records):
         raise ValueError("an empty data set: no rows to train on; check the file or the filter before this")
     rows = []
     for index, record in enumerate(records):
         try:
-            prompt, completion = render(record, tokenizer)
+            row = encode(record)
         except ValueError as error:
             raise ValueError(f"row {index}: {error}") from error
-        room = max_length - len(completion)
-        if room < 1:  # the first completion token is predicted from the token before it
-            raise ValueError(
-                f"row {index}: a completion cut to nothing by truncation: its {len(completion)} tokens and one "
-                f"of the prompt do not fit max_length={max_length}; "
-                f"raise it to {len(completion) + 1} or more, or shorten the completion"
-            )
-        rows.append((prompt[-room:], completion))
+        rows.append({"row": index, **row})
     return rows
 
 
-def _pad(
-    rows: list[tuple[list[int], list[int]]], tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, Int[Tensor, "rows length"]]:
-    length = max(len(prompt) + len(completion) for prompt, completion in rows)
-    # Padding is known by its place, never by its id: here pad and eos are the same token, and eos must be learned.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch = {
-        "input_ids": torch.full((len(rows), length), pad),
-        "attention_mask": torch.zeros((len(rows), length), dtype=torch.long),
-        "labels": torch.full((len(rows), length), IGNORE),
-    }
-    for row, (prompt, completion) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(completion)
-        batch["input_ids"][row, :end] = torch.tensor(prompt + completion)
-        batch["attention_mask"][row, :end] = 1
-        batch["labels"][row, start:end] = torch.tensor(completion)
+def _sft_row(record, tokenizer, max_length: int, learn) -> dict[str, list]:
+    ids, learned = learn(record, tokenizer)
+    if len(ids) > max_length:
+        _room(len(render(record, tokenizer)[1]), max_length)
+    return {"ids": ids[-max_length:], "learned": learned[-max_length:]}
+
+
+def _answers_row(record, kind: str, tokenizer, max_length: int) -> dict[str, Any]:
+    if complaint := find_fault(record, kind):
+        raise ValueError(complaint)
+    row = {"desirable": record["label"]} if kind == "feedback" else {}
+    for field in ("completion",) if kind == "feedback" else ("chosen", "rejected"):
+        prompt, row[field] = _render_answer(record, field, tokenizer)
+        row["prompt"] = row.get("prompt", prompt)[-_room(len(row[field]), max_length) :]
+    return row
+
+
+def _room(answer: int, max_length: int) -> int:
+    if answer >= max_length:  # the first token of the answer is predicted from the token before it
+        raise ValueError(
+            f"a completion cut to nothing by truncation: its {answer} tokens and one of the prompt do not fit "
+            f"max_length={max_length}; raise it to {answer + 1} or more, or shorten the completion"
+        )
+    return max_length - answer
+
+
+def _padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), filler), torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        places = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, places], mask[i, places] = torch.tensor(row), 1
+    return ids, mask
+
+
+def _stack_sft(rows: list[dict], tokenizer) -> dict[str, Tensor]:
+    ids, mask = _padded([row["ids"] for row in rows], _filler(tokenizer))
+    learned, _ = _padded([row["learned"] for row in rows], 0)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(learned.bool(), ids, IGNORE)}
+
+
+def _stack(rows: list[dict], tokenizer) -> dict[str, Tensor]:
+    batch = {"row": torch.tensor([row["row"] for row in rows])}
+    for field in ("prompt", "chosen", "rejected", "completion"):
+        if field in rows[0]:
+            padded = _padded([row[field] for row in rows], _filler(tokenizer), left=field == "prompt")
+            batch[f"{field}_ids"], batch[f"{field}_mask"] = padded
     return batch
+
+
+def _stack_feedback(rows: list[dict], tokenizer) -> dict[str, Tensor]:
+    if len(rows) < 2:
+        raise ValueError("one thumb has no other to be mismatched with, and KTO's KL needs that; batch two rows or more")
+    batch = _stack(rows, tokenizer)
+    batch["mismatched_ids"], batch["mismatched_mask"] = (batch[f"completion_{x}"].roll(1, 0) for x in ("ids", "mask"))
+    return {**batch, "desirable": torch.tensor([row["desirable"] for row in rows])}
+
+
+def _filler(tokenizer) -> int:
+    # Padding is known by its place, never by its id: here pad and eos are the same token, and eos must be learned.
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

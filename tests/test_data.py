@@ -154,6 +154,7 @@ def test_render_refuses_an_answer_that_melts_into_the_turns_head(tokenizer):
 def test_render_refuses_a_template_that_never_ends_the_turn(tokenizer):
     class Endless:
         eos_token, eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+        all_special_tokens = tokenizer.all_special_tokens
 
         def apply_chat_template(self, messages, add_generation_prompt=False, return_dict=True):
             return [5] * len(messages) + [6] * add_generation_prompt if add_generation_prompt else [5, 6, 7]
