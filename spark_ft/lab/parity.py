@@ -1,0 +1,53 @@
+"""Side by side with PEFT and TRL, on the same weights and inputs; imported by parity cells only, since PEFT takes seconds."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """max |actual − expected| / max |expected|."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def lora_against_peft(
+    layer_type: type[nn.Module], merge: Callable[[nn.Module], None], rank: int = 8, alpha: float = 24.0
+) -> dict[str, float]:
+    """A LoRA layer against PEFT's on the same W, A, B and x: relative differences of all that it computes.
+
+    Args:
+        layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B and base.
+        merge: puts the update into base.weight.
+
+    Returns:
+        differences of the output, the gradients of x, A and B, and the merged weight.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    theirs_model = nn.Sequential(nn.Linear(96, 64))
+    base = copy.deepcopy(theirs_model[0])
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"])
+    theirs = get_peft_model(theirs_model, config).base_model.model[0]
+    ours = layer_type(base, rank, alpha, 0.0)
+    their_A, their_B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    with torch.no_grad():
+        their_B.normal_()
+        ours.lora_A.copy_(their_A)
+        ours.lora_B.copy_(their_B)
+    x, slope = torch.randn(2, 5, 96), torch.randn(2, 5, 64)
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = ours(x_ours), theirs(x_theirs)
+    out.backward(slope)
+    expected.backward(slope)
+    merge(ours)
+    theirs.merge()
+    pairs = {
+        "output": (out.detach(), expected.detach()),
+        "gradient of x": (x_ours.grad, x_theirs.grad),
+        "gradient of A": (ours.lora_A.grad, their_A.grad),
+        "gradient of B": (ours.lora_B.grad, their_B.grad),
+        "merged weight": (ours.base.weight.detach(), theirs.get_base_layer().weight.detach()),
+    }
+    return {name: relative_difference(*pair) for name, pair in pairs.items()}
