@@ -40,6 +40,7 @@ def work():
 
 
 ROW = Row("toy", "nothing at all", ours, theirs, work)
+WHERE = {"device": "CPU", "cores": 2, "threads": 1, "load_average": 0.1, "versions": {"torch": "2.13"}, "date": "2026-11-23"}
 RESULT = Result(
     "toy", "a toy step", [2.0, 4.0, 1.0], [5.0, 6.0, 3.0], "ototot", 1e-8, 2e-7, 50_000_000, 150_000_000, 10**10, 20.0
 )
