@@ -217,7 +217,8 @@ def with_prompt(batch: dict[str, Tensor], side: str) -> dict[str, Int[Tensor, "r
     mask = torch.cat([batch["prompt_mask"], batch[f"{side}_mask"]], 1)
     learned = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch[f"{side}_mask"]], 1)
     labels = torch.where(learned.bool(), ids, IGNORE)
-    order = mask.argsort(1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # real tokens first, in their order
+    real_first = mask.argsort(dim=1, descending=True, stable=True)
+    order = real_first[:, : int(mask.sum(1).max())]
     return {name: x.gather(1, order) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 

@@ -200,6 +200,26 @@ def thumbs_to_pairs(thumbs: Iterable[Record]) -> list[Record]:
     return pairs
 
 
+def ratings_to_thumbs(rows: Iterable[Record], up: float = 4, down: float = 2) -> list[Record]:
+    """Rows of prompt, completion and a number `rating` become thumbs: up from `up` on, down to `down`; between, dropped.
+
+    Raises:
+        ValueError: with row, field and mend: a bad row, a rating that is no number, or `down` not below `up`.
+    """
+    if not down < up:
+        raise ValueError(f"down={down} is not below up={up}; a rating cannot be both")
+    thumbs = []
+    for index, row in enumerate(rows):
+        _check(row, "sft", index)
+        rating = row.get("rating")
+        if isinstance(rating, bool) or not isinstance(rating, (int, float)):
+            raise ValueError(f'row {index}: "rating" must be a number, not {rating!r}; write one or drop the row')
+        if rating >= up or rating <= down:
+            rest = _rest(row, ("prompt", "completion"), ("label",))
+            thumbs.append({"prompt": row["prompt"], "completion": row["completion"], "label": rating >= up, **rest})
+    return thumbs
+
+
 def to_dataset(records: Iterable[Record]) -> "Dataset":
     """Rows → `datasets.Dataset`, with a column for every field of any row; a row without the field holds null there."""
     from datasets import Dataset

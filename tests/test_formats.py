@@ -138,6 +138,17 @@ def test_thumbs_that_find_no_partner_make_no_pair():
     assert f.thumbs_to_pairs([thumb, {**thumb, "label": False}]) == [], "an answer is no better than itself"
 
 
+def test_ratings_become_thumbs_and_the_middle_is_dropped():
+    rows = [{"prompt": "p", "completion": str(n), "rating": n} for n in (1, 2, 2.5, 3.9, 4, 5)]
+    thumbs = f.ratings_to_thumbs(rows)
+    assert [(thumb["rating"], thumb["label"]) for thumb in thumbs] == [(1, False), (2, False), (4, True), (5, True)]
+    assert f.thumbs_to_pairs(thumbs)[0] == {"prompt": "p", "chosen": "4", "rejected": "1"}
+    with pytest.raises(ValueError, match=r'row 1: "rating" must be a number, not \'good\'; write one'):
+        f.ratings_to_thumbs([rows[0], {**rows[0], "rating": "good"}])
+    with pytest.raises(ValueError, match="down=3 is not below up=3"):
+        f.ratings_to_thumbs(rows, up=3, down=3)
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 

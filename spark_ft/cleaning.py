@@ -1,0 +1,397 @@
+"""Cleaning a data set: each function returns the rows it kept, as they were, and why it dropped the others.
+
+A row is any record: prompt and completion, chosen and rejected, messages, conversations, or instruction, input and output.
+What is compared is a copy; a kept row is the very object that came in, white space and all. None of this knows right from
+wrong: a fluent false answer passes.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+SAME = 0.7  # share of word trigrams from which two texts count as one
+
+
+class Dropped(NamedTuple):
+    """A row that was dropped: its index in what came in, the row, the kind of fault, why, and of which row it is a copy."""
+
+    index: int
+    record: Record
+    fault: str
+    reason: str
+    copy_of: int | None = None
+
+
+class Cleaned(NamedTuple):
+    """What a clean-up kept, in order and untouched, and what it dropped."""
+
+    kept: list[Record]
+    dropped: list[Dropped]
+
+    def counts(self) -> dict[str, int]:
+        """How many rows went for each kind of fault."""
+        return dict(Counter(drop.fault for drop in self.dropped))
+
+
+def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned:
+    """All of the clean-ups in a row; every dropped row is listed once, with the first fault found.
+
+    Args:
+        records: the rows to train on.
+        held_out: rows of validation and test sets, none of which may be among them.
+    """
+    rows, held_out, dropped = list(records), list(held_out), []
+    places = list(range(len(rows)))
+    steps: list[Callable[[list[Record]], Cleaned]] = [
+        drop_broken_encoding,
+        lambda some: drop_leaked(some, held_out),
+        drop_exact_duplicates,
+        drop_near_duplicates,
+        drop_refusals,
+        drop_cut_off,
+        drop_repetition,
+    ]
+    for step in steps:
+        rows, out = step(rows)
+        gone = {drop.index for drop in out}
+        for drop in out:
+            # a leaked row is a copy of a held-out one, whose number stays; other copies are of rows that came in
+            copy_of = drop.copy_of if drop.fault == "leaked" or drop.copy_of is None else places[drop.copy_of]
+            dropped.append(drop._replace(index=places[drop.index], copy_of=copy_of))
+        places = [place for i, place in enumerate(places) if i not in gone]
+    return Cleaned(rows, sorted(dropped))
+
+
+# ── copies ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def drop_exact_duplicates(records: Iterable[Record]) -> Cleaned:
+    """Drop rows whose texts (all turns; ids and other fields aside) equal an earlier row's, every space and newline."""
+    first: dict[tuple, int] = {}
+
+    def copy(index: int, record: Record) -> tuple[str, int] | None:
+        original = first.setdefault(_key(record), index)
+        return None if original == index else (f"equals row {original}", original)
+
+    return _drop(records, "exact_duplicate", copy)
+
+
+def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> Cleaned:
+    """Drop rows that share most of their word trigrams with an earlier row that was kept.
+
+        |A ∩ B| / |A ∪ B| ≥ threshold
+
+    MinHash with locality-sensitive hashing (datasketch) finds candidates in about linear time, and the share is then counted
+    exactly. Code whose lines are indented otherwise is other code, however alike its words.
+
+    Args:
+        threshold: higher drops fewer. Light edits of a sentence or two keep 0.7 and more; unrelated rows share under 0.3.
+    """
+    index = _Near(threshold)
+
+    def copy(i: int, record: Record) -> tuple[str, int] | None:
+        text = "\n".join(_key(record))
+        if found := index.find(text):
+            return f"shares {found[0]:.0%} of its word trigrams with row {found[1]}", found[1]
+        index.add(i, text)
+        return None
+
+    return _drop(records, "near_duplicate", copy)
+
+
+def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold: float = SAME) -> Cleaned:
+    """Drop rows that are in a held-out set too: the same question, or nearly the same row, with any of its answers.
+
+    Args:
+        held_out: rows of validation and test sets, of any kind; `copy_of` is the index among them.
+        threshold: as in `drop_near_duplicates`.
+    """
+    index, asked = _Near(threshold), {}
+    for i, record in enumerate(held_out):
+        for question, answer in _views(record):
+            asked.setdefault(_words_only(question), i)
+            index.add(i, f"{question}\n{answer}")
+
+    def copy(_: int, record: Record) -> tuple[str, int] | None:
+        for question, answer in _views(record):
+            if (same := asked.get(_words_only(question))) is not None:
+                return f"asks what held-out row {same} asks", same
+            if found := index.find(f"{question}\n{answer}"):
+                return f"shares {found[0]:.0%} of its word trigrams with held-out row {found[1]}", found[1]
+        return None
+
+    return _drop(records, "leaked", copy)
+
+
+class _Near:
+    """Texts by number; finds one that shares enough word trigrams with a given one."""
+
+    def __init__(self, threshold: float):
+        from datasketch import MinHashLSH
+
+        self.threshold = threshold
+        # The index only proposes. Bands are chosen for far fewer shared trigrams than asked for, since one of sixty texts at
+        # the threshold itself would be missed otherwise; the exact count sorts the proposals.
+        self.lsh = MinHashLSH(threshold=max(0.1, threshold - 0.25), num_perm=128)
+        self.texts: list[tuple[int, set, list[str]]] = []
+
+    def add(self, number: int, text: str) -> None:
+        grams = _trigrams(text)
+        self.lsh.insert(len(self.texts), self._hash(grams))
+        self.texts.append((number, grams, _indents(text)))
+
+    def find(self, text: str) -> tuple[float, int] | None:
+        """(share of trigrams, number) of the most alike text, the earliest of equals, or None."""
+        grams, indents = _trigrams(text), _indents(text)
+        best = None
+        for place in sorted(self.lsh.query(self._hash(grams))):
+            number, others, other_indents = self.texts[place]
+            share = len(grams & others) / len(grams | others)
+            code = any(indents) or any(other_indents)
+            if share >= self.threshold and (not code or indents == other_indents) and (not best or share > best[0]):
+                best = share, number
+        return best
+
+    @staticmethod
+    def _hash(grams: set):
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
+        return sketch
+
+
+def _words_only(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
+
+
+def _trigrams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.casefold()) or [text]
+    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def _indents(text: str) -> list[str]:
+    return [line[: len(line) - len(line.lstrip())] for line in text.splitlines() if line.strip()]
+
+
+# ── faults of one answer ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_WHO = r"\b(?:i|we)\b"
+_CANNOT = (
+    r"(?:ca(?:n['’]?t|nnot|n not)|could(?:n['’]t| not)|wo(?:n['’]t|uld rather not)|will not|(?:['’]d|would) rather not"
+    r"|(?:['’]m|am|['’]re|are) (?:sorry|afraid|unable|not (?:able|allowed|permitted|comfortable|in a position|designed|going))"
+    r"|(?:must|have to|need to|will have to|['’]ll have to) (?:\w+ )?(?:decline|refuse)|decline|refuse"
+    r"|do(?:n['’]t| not) (?:feel comfortable|think (?:it|that) (?:is|would be) appropriate|have the ability))"
+)
+_DOING = (
+    r"(?:help|assist|answer|provide|offer|give|discuss|advise|recommend|comply|fulfil\w*|respond|engage|share|support"
+    r"|do (?:that|this)|complete|continue|participate|generate|create|produce|write|tell|explain|talk|go into"
+    r"|with (?:that|this|your)|(?:this|that|your) request)"
+)
+REFUSAL = re.compile(
+    rf"{_WHO} ?{_CANNOT}[^.!?\n]{{0,60}}?\b{_DOING}\b"
+    r"|\bas an? (?:ai|artificial|(?:large )?language model|(?:virtual |digital )?assistant)\b[^.!?\n]*(?:\bi\b|\bnot\b|n['’]t)"
+    r"|(?:\bnot|n['’]t) (?:something|a (?:question|topic|request|subject)) (?:that )?(?:i|we)\b"
+    r"|\b(?:unable|not able) to (?:help|assist|answer|provide|comply|fulfil\w*)"
+    r"|\b(?:not (?:be )?(?:appropriate|right|responsible)|inappropriate) (?:for|of) me\b"
+    r"|\bagainst (?:my|our) (?:guidelines|polic\w+|programming|principles|rules)"
+    r"|\b(?:request|question|topic)\b[^.!?\n]{0,40}\b(?:goes|falls|is) (?:against|outside|beyond)",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$", re.DOTALL | re.MULTILINE)
+
+
+def drop_refusals(records: Iterable[Record]) -> Cleaned:
+    """Drop rows whose answer opens by declining: in its first two sentences, what is quoted or said in a dialogue aside."""
+
+    def refusal(answer: str) -> str | None:
+        opening = " ".join(re.split(r"(?<=[.!?…])\s+", _QUOTED.sub(" ", answer).strip())[:2])[:300]
+        found = REFUSAL.search(opening)
+        return f"declines: {found[0]!r}" if found else None
+
+    return _drop_answers(records, "refusal", refusal)
+
+
+_OPEN_END = re.compile(  # a sentence never ends with one of these
+    r"(?:[,;:(\[{–—-]|\b(?:a|an|the|and|or|but|nor|of|to|with|for|from|by|at|into|onto|than|then|because|if|when|while|until|unless"
+    r"|whether|which|who|whose|that|as|is|are|was|were|be|been|has|have|had|will|would|can|could|should|may|might|must|do|does"
+    r"|your|my|his|her|its|their|our|very|about|between|without|every|each))$",
+    re.IGNORECASE,
+)
+_CLOSED = re.compile(r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$")  # a sentence's end, a closing mark, or an emoji
+_ITEM = re.compile(r"^\s*(?:[-*•+]|\d+[.)])\s+")
+
+
+def drop_cut_off(records: Iterable[Record]) -> Cleaned:
+    """Drop rows whose answer stops in the middle: in a code fence, in brackets, in a sentence or word, or in a list.
+
+    A last line without a full stop counts only where the lines or sentences before it have theirs, or where it ends in a word
+    that nothing ends with ("and", "the", a comma): titles, lists of names, verses and bare numbers need no full stop.
+    """
+    return _drop_answers(records, "cut_off", _cut_off)
+
+
+def _cut_off(answer: str) -> str | None:
+    text = answer.rstrip()
+    if text.count("```") % 2:
+        return "a code fence is opened and never closed"
+    if text.endswith("```"):
+        return None
+    if text[:1] in "{[" and text[-1:] not in "}]":
+        return f"a bracket is opened by {text[:1]!r} and never closed"
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [line for line in prose.splitlines() if line.strip()]
+    if not lines:
+        return None
+    last = lines[-1].rstrip()
+    ending = last[-30:]
+    if (last[0].isspace() and not _ITEM.match(last)) or "\t" in last:
+        return None  # code and tables end as they like
+    said = _ITEM.sub("", last)
+    if _OPEN_END.search(said):
+        return f"ends with {ending!r}"
+    if said.count("(") > said.count(")"):
+        return f"a bracket is never closed in {ending!r}"
+    if _CLOSED.search(said):
+        return None
+    before = re.split(r"(?<=[.!?…])\s+", said)[:-1]  # sentences of the last line itself
+    if any(re.search(r"\w", sentence) for sentence in before) and not _ends_in_number(said):
+        return f"the last sentence has no end: {ending!r}"
+    item = bool(_ITEM.match(last))
+    kin = [line.rstrip() for line in lines[:-1] if bool(_ITEM.match(line)) == item and not line.rstrip().endswith(":")]
+    closed = sum(bool(_CLOSED.search(line)) for line in kin)
+    if kin and 2 * closed > len(kin) and not _ends_in_number(said):
+        return f"the last line has no end, those before it have: {ending!r}"
+    if not kin and len(said.split()) > 12:
+        return f"a long sentence has no end: {ending!r}"
+    return None
+
+
+def _ends_in_number(text: str) -> bool:
+    return bool(re.search(r"\d\S{0,3}$", text))
+
+
+# What UTF-8 looks like when it was read as cp1252 or Latin-1: a lead byte's character and those of its continuation bytes.
+_CP1252 = {char: byte for byte in range(0x80, 0xA0) if (char := bytes([byte]).decode("cp1252", "ignore"))}
+_BYTE = {**{chr(byte): byte for byte in range(0x80, 0x100)}, **_CP1252}
+_LATER = "[" + "".join(re.escape(char) for char, byte in _BYTE.items() if byte < 0xC0) + "]"
+_MOJIBAKE = re.compile(f"[Â-ß]{_LATER}|[à-ï]{_LATER}{{2}}|[ð-ô]{_LATER}{{3}}")
+
+
+def mend_encoding(text: str) -> str:
+    """Text with UTF-8 that was read as cp1252 or Latin-1 put right, however often it happened: "CrÃ¨me" → "Crème".
+
+    Only what comes out as a common character is put right: Latin letters, Greek, Cyrillic, punctuation, signs, Asian scripts
+    and emoji. So "CAFÉ»" stays. What was lost (�) cannot be mended.
+    """
+
+    def right(found: re.Match) -> str:
+        try:
+            char = bytes(_BYTE[c] for c in found[0]).decode("utf-8")
+        except UnicodeDecodeError:
+            return found[0]
+        code = ord(char)
+        common = 0xA0 <= code < 0x180 or 0x370 <= code < 0x530 or code >= 0x600
+        return char if common else found[0]
+
+    while (mended := _MOJIBAKE.sub(right, text)) != text:
+        text = mended
+    return text
+
+
+def drop_broken_encoding(records: Iterable[Record]) -> Cleaned:
+    """Drop rows with letters that were lost (�), control characters, or UTF-8 read as something else (see `mend_encoding`)."""
+
+    def broken(record: Record) -> str | None:
+        for text in _key(record):
+            mended = mend_encoding(text)
+            if found := re.search(r"[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x80-\x9f]", mended):
+                return f"holds {found[0]!r} in {text[max(0, found.start() - 10) : found.start() + 10]!r}"
+            if mended != text:
+                place = next(i for i, (a, b) in enumerate(zip(text, mended + "\0", strict=False)) if a != b)
+                return f"{text[max(0, place - 8) : place + 8]!r} should be {mended[max(0, place - 8) : place + 6]!r}"
+        return None
+
+    return _drop(records, "encoding", lambda _, record: _alone(broken(record)))
+
+
+def drop_repetition(records: Iterable[Record]) -> Cleaned:
+    """Drop rows whose answer runs in a loop: the same words over and over, with nothing between.
+
+    A word or two must come five times in a row, a phrase of three to five words four times, a longer stretch four times or, at
+    the answer's end, three: a step that is repeated for a reason is followed by another, a loop runs until it is stopped.
+    Code and tables are left alone, where repetition has its reasons too.
+    """
+
+    def loop(answer: str) -> str | None:
+        prose = re.sub(r"```.*?(?:```|\Z)", " ", answer, flags=re.DOTALL)
+        words = re.findall(r"\w+", re.sub(r"^\s*\|.*$", "", prose, flags=re.MULTILINE).casefold())
+        for period in range(1, min(len(words) // 3, 100) + 1):
+            run = period
+            for i in range(period, len(words)):
+                run = run + 1 if words[i] == words[i - period] else period
+                needed = 5 if period <= 2 else 3 if period > 5 and i == len(words) - 1 else 4
+                if run >= needed * period:
+                    said = " ".join(words[i - period + 1 : i + 1])
+                    return f"says {run // period} times in a row: {said[:60]!r}"
+        return None
+
+    return _drop_answers(records, "repetition", loop)
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _turns(record: Record) -> list[tuple[str, str]]:
+    """(who, text) of every turn, whatever the record's kind; of several answers to one question, each."""
+    for field, who, what in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if field in record:
+            ours = {"assistant", "gpt", "chatgpt", "bot"}
+            return [("answer" if turn[who] in ours else "question", turn[what]) for turn in record[field]]
+    names = {"system": 0, "prompt": 0, "instruction": 0, "input": 0, "completion": 1, "chosen": 1, "rejected": 1, "output": 1}
+    turns = [(("question", "answer")[is_answer], record[name]) for name, is_answer in names.items() if record.get(name)]
+    if not turns:
+        raise ValueError(f"no text in a row with the fields {list(record)}; rename some to prompt and completion, or messages")
+    return turns
+
+
+def _key(record: Record) -> tuple[str, ...]:
+    return tuple(text for _, text in _turns(record))
+
+
+def _views(record: Record) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a row: for a chat all that comes before its last answer; for a pair, one view a side."""
+    turns = _turns(record)
+    chat = "messages" in record or "conversations" in record
+    answers = [i for i, (who, _) in enumerate(turns) if who == "answer"]
+    before = turns[: answers[-1]] if chat and answers else [turn for turn in turns if turn[0] == "question"]
+    question = "\n".join(text for _, text in before)
+    for i in answers[-1:] if chat else answers:
+        yield question, turns[i][1]
+
+
+def _alone(reason: str | None) -> tuple[str, None] | None:
+    return (reason, None) if reason else None
+
+
+def _drop(records: Iterable[Record], fault: str, why: Callable[[int, Record], tuple[str, int | None] | None]) -> Cleaned:
+    kept, dropped = [], []
+    for index, record in enumerate(records):
+        if reason := why(index, record):
+            dropped.append(Dropped(index, record, fault, *reason))
+        else:
+            kept.append(record)
+    return Cleaned(kept, dropped)
+
+
+def _drop_answers(records: Iterable[Record], fault: str, why: Callable[[str], str | None]) -> Cleaned:
+    """Drop rows any of whose answers is faulty; a pair's rejected answer may be."""
+
+    def first(_: int, record: Record) -> tuple[str, None] | None:
+        rejected = record.get("rejected")
+        reasons = (why(text) for who, text in _turns(record) if who == "answer" and text != rejected)
+        return _alone(next(filter(None, reasons), None))
+
+    return _drop(records, fault, first)
