@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
-from spark_ft.data import IGNORE, collate_sft, read_records, render
+from spark_ft.data import IGNORE, collate_sft, packed_row, read_records, render
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.models import ROOT, load_model
 from spark_ft.training import sft_loss
@@ -281,10 +281,11 @@ def step_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
         6·N·r·(in + out)   for each adapter: forward, gradient of its input, gradients of A and B
         4·M·V·H      for the head: logits, and their gradient with respect to the hidden states
 
-    N is the number of real tokens and M that of completion tokens: padding, and prompt rows in the head, are not needed.
+    N is the number of tokens that the step computes and M that of completion tokens: padding, copies of a common beginning,
+    and prompt rows in the head, are not computed.
     Attention's scores, element-wise work and whatever is computed twice are left out, so a rate made from it is modest.
     """
-    tokens, rows = int(batch["attention_mask"].sum()), _completion_tokens(batch)
+    tokens, rows = _computed_tokens(model, batch), _completion_tokens(batch)
     head = model.get_output_embeddings()
     total = 0
     for module in model.modules():
@@ -298,7 +299,7 @@ def step_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 def step_gemms(model: nn.Module, batch: dict[str, Tensor]) -> Gemms:
     """The shapes of the model's linear layers at this batch's size, and how often each occurs."""
-    tokens, gemms = int(batch["attention_mask"].sum()), {}
+    tokens, gemms = _computed_tokens(model, batch), {}
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -306,6 +307,11 @@ def step_gemms(model: nn.Module, batch: dict[str, Tensor]) -> Gemms:
             shape = (rows, module.in_features, module.out_features)
             gemms[shape] = gemms.get(shape, 0) + 1
     return gemms
+
+
+def _computed_tokens(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    row = packed_row(model, batch)
+    return row.ids.numel() if row else int(batch["attention_mask"].sum())
 
 
 def _completion_tokens(batch: dict[str, Tensor]) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spark_ft.methods.logprobs import chunked_logps, token_logps
-from spark_ft.methods.packing import pack
+from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.packing import Packed, pack
 from spark_ft.models import PACKED
 from spark_ft.records import check_records, find_fault, iter_records, read_records, write_records
 
@@ -367,7 +368,7 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     """log p of every completion token (N,) fp32, and the batch row each belongs to (N,); differentiable.
 
     Only the positions that predict a completion token reach the output head, and where the model takes packed sequences
-    (`use_packed_attention`) the padding is not computed at all.
+    (`use_packed_attention`) padding is not computed at all, and what all rows begin with is computed once.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
@@ -376,13 +377,27 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     labels, mask = batch["labels"], batch["attention_mask"]
     predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
     backbone = model.base_model
-    if model.config._attn_implementation == PACKED:
-        ids, positions, lengths = pack(batch["input_ids"], mask)
-        packed = backbone(ids, position_ids=positions, lengths=lengths, use_cache=False).last_hidden_state[0]
-        hidden = packed[predicts[mask.bool()]]
+    if row := packed_row(model, batch):
+        places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
+        hidden = backbone(row.ids, **places, use_cache=False).last_hidden_state[0][row.places[predicts]]
     else:
         hidden = backbone(batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state[predicts]
     return _head_logps(model, hidden, labels.roll(-1, 1)[predicts]), predicts.nonzero()[:, 0]
+
+
+def packed_row(model: nn.Module, batch: dict[str, Tensor]) -> Packed | None:
+    """The batch as the one row that the model computes, or None where it takes padded batches only."""
+    if model.config._attn_implementation != PACKED:
+        return None
+    return pack(batch["input_ids"], batch["attention_mask"], share_prefix=not _draws_random_numbers(model))
+
+
+def _draws_random_numbers(model: nn.Module) -> bool:
+    """Dropout is at work, so that equal tokens of two rows are not computed alike."""
+    return model.training and any(
+        module.dropout if isinstance(module, LoRALinear) else isinstance(module, nn.Dropout) and module.p
+        for module in model.modules()
+    )
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
 
 
 def use_packed_attention(model) -> None:
-    """Let the model also take `lengths=[…]`: sequences packed in one row, each attending to itself (methods/packing.py).
+    """Let the model also take `lengths=[…]` and `prefix=…`: sequences packed in one row (methods/packing.py).
 
     Without `lengths` it computes what it did, by transformers' own sdpa attention.
     """
@@ -125,10 +125,10 @@ def use_packed_attention(model) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, **kwargs):
+    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, prefix=0, **kwargs):
         if lengths is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return packed_attention(query, key, value, lengths, scaling).transpose(1, 2), None
+        return packed_attention(query, key, value, lengths, prefix, scaling).transpose(1, 2), None
 
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)

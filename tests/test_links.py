@@ -27,7 +27,7 @@ TO_COME = re.compile(r"<!-- to-come:start -->(.*?)<!-- to-come:end -->", re.S)
 
 def pages() -> list[Path]:
     found = [path for path in ROOT.rglob("*.md") if not LEFT_OUT & set(path.relative_to(ROOT).parts)]
-    return sorted(found) + sorted((ROOT / "labs").glob("lab-*.ipynb"))
+    return sorted(found) + sorted((ROOT / "labs").glob("**/lab-*.ipynb"))
 
 
 def text_of(page: Path) -> str:

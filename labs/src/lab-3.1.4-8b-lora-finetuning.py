@@ -10,7 +10,7 @@
 # Everything below is computed while you watch, on a 135-million-parameter model that came with the set-up. The same cells train
 # 8 billion parameters on a DGX Spark: see the last section.
 #
-# **The picture to keep in mind** (from [ELI5](../ELI5.md)): a chef with ten years of French cooking takes a short course in Thai
+# **The picture to keep in mind** (from [ELI5](../../ELI5.md)): a chef with ten years of French cooking takes a short course in Thai
 # cooking. The knife skills stay. Here the chef is the model, the course is 80 small lessons, and the notes of the course fit
 # on a few sticky notes: the adapter.
 
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-from spark_ft.lab.experiments import agrees, load
 
 from spark_ft import (
     AdapterConfig,
@@ -40,6 +39,7 @@ from spark_ft import (
 )
 from spark_ft.lab import headline, kitchen, plots
 from spark_ft.lab.checks import lab_3_1_4 as checks
+from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.tokens import show_tokens
 
 started = time.perf_counter()
@@ -250,7 +250,8 @@ history = kitchen.fine_tune(model, tokenizer, rows)
 from spark_ft.bench import GemmRate, step_flops, step_gemms
 
 seconds = history.seconds_per_step
-flops = step_flops(model, batch) * (sum(history.tokens) / len(history.tokens)) / shown
+batches = kitchen.ticket_batches(rows, tokenizer)
+flops = sum(step_flops(model, batches(step)) for step in range(here.steps)) / here.steps
 plain_products = GemmRate(step_gemms(model, batch))
 plain_products.sample()
 machine = plain_products.gflops * 1e9

@@ -135,6 +135,9 @@ def learners(solved: NotebookNode) -> NotebookNode:
 
     clear = NumberedStubs(begin_solution_delimeter=BEGIN, end_solution_delimeter=END, text_stub="*Your answer here.*")
     notebook, _ = clear.preprocess(copy.deepcopy(solved), {})
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../../", "](../")  # written for labs/solutions/, one folder deeper
     return without_outputs(notebook)
 
 

@@ -161,6 +161,8 @@ def measure(experiment: Experiment) -> Measurement:
             continue
         started = time.perf_counter()
         runs.append({"seed": seed, "figures": experiment(seed), **_origin()})
+        if experiment.hash != result["hash"]:
+            raise RuntimeError(f"{experiment.name}: code, settings or data changed while seed {seed} ran; run it again")
         runs.sort(key=lambda run: run["seed"])
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1) + "\n"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,9 +47,13 @@ def run_config(seed: int = 0, **changes) -> TrainConfig:
 
 def fine_tune(model: nn.Module, tokenizer, records: list[dict], seed: int = 0, **changes) -> History:
     """Train the model's adapters on `records`; the same seed orders the rows and seeds the generator."""
+    return train(model, ticket_batches(records, tokenizer, seed), sft_loss, run_config(seed, **changes))
+
+
+def ticket_batches(records: list[dict], tokenizer, seed: int = 0) -> Callable[[int], dict[str, torch.Tensor]]:
+    """The batch of each step, of the profile's size."""
     here = profile()
-    batches = sft_batches(records, tokenizer, here.batch_size, seed, here.max_length)
-    return train(model, batches, sft_loss, run_config(seed, **changes))
+    return sft_batches(records, tokenizer, here.batch_size, seed, here.max_length)
 
 
 def score(model: nn.Module, tokenizer, rows: list[dict]) -> tuple[Estimate, list[str]]:

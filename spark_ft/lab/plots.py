@@ -1,8 +1,8 @@
 """One look for every figure: a palette that stays readable in grey, claims as titles, captions, and alt text.
 
-    fig, ax = plots.figure("Rank 8 is enough here", x="rank", y="exact match (%)", caption="3 seeds, 95% t interval")
-    ax.plot(ranks, scores, **plots.LINE["yours"])
-    plots.show(fig, alt="Exact match climbs from 41% at rank 1 to 93% at rank 8 and stays there up to rank 64.")
+fig, ax = plots.figure("Rank 8 is enough here", x="rank", y="exact match (%)", caption="3 seeds, 95% t interval")
+ax.plot(ranks, scores, **plots.LINE["yours"])
+plots.show(fig, alt="Exact match climbs from 41% at rank 1 to 93% at rank 8 and stays there up to rank 64.")
 """
 
 import base64

@@ -54,9 +54,7 @@ def run_lab(source: Path) -> Result:
     except DeadKernelError:
         error = "the kernel died; the usual reason is too little memory"
     except CellExecutionError as failed:
-        cell = next(
-            i for i, c in enumerate(notebook.cells, 1) if any(o.output_type == "error" for o in c.get("outputs", []))
-        )
+        cell = next(i for i, c in enumerate(notebook.cells, 1) if any(o.output_type == "error" for o in c.get("outputs", [])))
         traceback = textwrap.indent(ANSI.sub("", failed.traceback).strip(), "    ")
         error = f"cell {cell} of {len(notebook.cells)}: {failed.ename}: {failed.evalue}\n{traceback}"
     return Result(source.stem, time.perf_counter() - started, said, error)

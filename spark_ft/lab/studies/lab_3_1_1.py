@@ -17,7 +17,7 @@ SETTINGS = {
     "ranks": [1, 4, 16, 64],
     "alpha / rank": 2,
     "targets": "all-linear",
-    "steps": 20,
+    "steps": 16,
     "batch_size": 4,
     "learning_rate": 2e-3,
     "warmup_steps": 3,
