@@ -95,6 +95,20 @@ def test_other_settings_helpers_or_data_make_it_stale(registry, monkeypatch):
     assert stale("toy") is None
 
 
+def test_data_that_changes_during_a_run_is_refused(registry, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", registry)
+    (registry / "rows.jsonl").write_text("1\n")
+
+    @experiment(data=["rows.jsonl"])
+    def toy(seed):
+        (registry / "rows.jsonl").write_text("2\n")
+        return {}
+
+    with pytest.raises(RuntimeError, match="changed while seed 0 ran"):
+        measure(toy)
+    assert not (registry / "toy.json").exists()
+
+
 def test_a_comment_does_not_make_it_stale_but_code_does(registry):
     first = _toy({"rank": 4}).hash
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.data import IGNORE, collate_sft, read_records, sft_batches
+from spark_ft.data import IGNORE, collate_sft, packed_row, read_records, sft_batches
 from spark_ft.lab.experiments import experiment
 from spark_ft.models import EMBEDDED, ROOT, load_model
 from spark_ft.training import History, TrainConfig, sft_loss, train
@@ -17,7 +17,7 @@ SETTINGS = {
     "ranks": [1, 4, 16, 64],
     "alpha / rank": 2,
     "targets": "all-linear",
-    "steps": 16,
+    "steps": 20,
     "batch_size": 4,
     "learning_rate": 2e-3,
     "warmup_steps": 3,
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 8) -> dict[str, float]:
+def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16) -> dict[str, float]:
     """How well the model predicts unseen answers: loss per token, share of tokens right, share of tickets all right.
 
     A token is right when it is the most probable one after the true tokens before it. A ticket whose tokens are all right is
@@ -35,9 +35,14 @@ def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: i
     loss, right, whole = 0.0, [], []
     for start in range(0, len(records), batch_size):
         batch = collate_sft(records[start : start + batch_size], tokenizer)
+        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
-        hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[predicts]).float()
+        if row := packed_row(model, batch):  # all rows in one, their common beginning computed once
+            places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
+            hidden = model.base_model(row.ids, **places, use_cache=False).last_hidden_state[0][row.places[predicts]]
+        else:
+            hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[predicts]
+        logits = model.get_output_embeddings()(hidden).float()
         target = batch["labels"].roll(-1, 1)[predicts]
         loss += F.cross_entropy(logits, target, reduction="sum").item()
         hit = logits.argmax(-1) == target
