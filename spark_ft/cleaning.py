@@ -50,8 +50,8 @@ def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned
         drop_exact_duplicates,
         drop_near_duplicates,
         drop_refusals,
-        drop_cut_off,
         drop_repetition,
+        drop_cut_off,
     ]
     for step in steps:
         rows, out = step(rows)
@@ -93,9 +93,8 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
 
     def copy(i: int, record: Record) -> tuple[str, int] | None:
         text = "\n".join(_key(record))
-        if found := index.find(text):
+        if found := index.find(text, number=i):
             return f"shares {found[0]:.0%} of its word trigrams with row {found[1]}", found[1]
-        index.add(i, text)
         return None
 
     return _drop(records, "near_duplicate", copy)
@@ -112,7 +111,7 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
     for i, record in enumerate(held_out):
         for question, answer in _views(record):
             asked.setdefault(_words_only(question), i)
-            index.add(i, f"{question}\n{answer}")
+            index.find(f"{question}\n{answer}", number=i)
 
     def copy(_: int, record: Record) -> tuple[str, int] | None:
         for question, answer in _views(record):
@@ -129,38 +128,30 @@ class _Near:
     """Texts by number; finds one that shares enough word trigrams with a given one."""
 
     def __init__(self, threshold: float):
-        from datasketch import MinHashLSH
+        from datasketch import MinHash, MinHashLSH
 
         self.threshold = threshold
-        # The index only proposes. Bands are chosen for far fewer shared trigrams than asked for, since one of sixty texts at
-        # the threshold itself would be missed otherwise; the exact count sorts the proposals.
+        # The index only proposes, the exact count decides. Its bands are chosen for a quarter fewer shared trigrams than asked
+        # for, since at its own threshold it would miss about every other text.
         self.lsh = MinHashLSH(threshold=max(0.1, threshold - 0.25), num_perm=128)
+        self.empty = MinHash(num_perm=128)
         self.texts: list[tuple[int, set, list[str]]] = []
 
-    def add(self, number: int, text: str) -> None:
-        grams = _trigrams(text)
-        self.lsh.insert(len(self.texts), self._hash(grams))
-        self.texts.append((number, grams, _indents(text)))
-
-    def find(self, text: str) -> tuple[float, int] | None:
-        """(share of trigrams, number) of the most alike text, the earliest of equals, or None."""
-        grams, indents = _trigrams(text), _indents(text)
+    def find(self, text: str, number: int | None = None) -> tuple[float, int] | None:
+        """(share of trigrams, number) of the most alike text, the earliest of equals; if None, it is added as `number`."""
+        grams, indents, sketch = _trigrams(text), _indents(text), self.empty.copy()
+        sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
         best = None
-        for place in sorted(self.lsh.query(self._hash(grams))):
-            number, others, other_indents = self.texts[place]
+        for place in sorted(self.lsh.query(sketch)):
+            other, others, other_indents = self.texts[place]
             share = len(grams & others) / len(grams | others)
             code = any(indents) or any(other_indents)
             if share >= self.threshold and (not code or indents == other_indents) and (not best or share > best[0]):
-                best = share, number
+                best = share, other
+        if best is None and number is not None:
+            self.lsh.insert(len(self.texts), sketch)
+            self.texts.append((number, grams, indents))
         return best
-
-    @staticmethod
-    def _hash(grams: set):
-        from datasketch import MinHash
-
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
-        return sketch
 
 
 def _words_only(text: str) -> str:
@@ -186,38 +177,44 @@ _CANNOT = (
     r"|do(?:n['’]t| not) (?:feel comfortable|think (?:it|that) (?:is|would be) appropriate|have the ability))"
 )
 _DOING = (
-    r"(?:help|assist|answer|provide|offer|give|discuss|advise|recommend|comply|fulfil\w*|respond|engage|share|support"
-    r"|do (?:that|this)|complete|continue|participate|generate|create|produce|write|tell|explain|talk|go into"
-    r"|with (?:that|this|your)|(?:this|that|your) request)"
+    r"(?:(?:help|assist|answer|provid|offer|giv|discuss|advis|recommend|compl|fulfil|respond|engag|shar|support|continu|participat"
+    r"|generat|creat|produc|writ|tell|explain|talk)\w{0,5}"
+    r"|do (?:that|this)|go into|with (?:that|this|your)|(?:this|that|your) request)"
 )
 REFUSAL = re.compile(
-    rf"{_WHO} ?{_CANNOT}[^.!?\n]{{0,60}}?\b{_DOING}\b"
-    r"|\bas an? (?:ai|artificial|(?:large )?language model|(?:virtual |digital )?assistant)\b[^.!?\n]*(?:\bi\b|\bnot\b|n['’]t)"
+    rf"{_WHO} ?{_CANNOT}[^.!?\n]{{0,60}}?\b{_DOING}\b(?! (?:\w+ )?enough| you how)"
+    rf"|{_WHO} (?:must|have to|need to) (?:\w+ )?(?:decline|refuse)\s*(?:[.!,;]|to\b|$)"
+    r"|\bas an? (?:ai|artificial|(?:large )?language model)\b[^.!?\n]*(?:\bi\b|\bnot\b|n['’]t)"
+    r"|\bas an? (?:\w+ )?assistant,? i\b"
     r"|(?:\bnot|n['’]t) (?:something|a (?:question|topic|request|subject)) (?:that )?(?:i|we)\b"
     r"|\b(?:unable|not able) to (?:help|assist|answer|provide|comply|fulfil\w*)"
-    r"|\b(?:not (?:be )?(?:appropriate|right|responsible)|inappropriate) (?:for|of) me\b"
+    r"|\b(?:not (?:be )?(?:appropriate|right|responsible)|inappropriate|irresponsible|unethical) (?:for|of) me\b"
     r"|\bagainst (?:my|our) (?:guidelines|polic\w+|programming|principles|rules)"
     r"|\b(?:request|question|topic)\b[^.!?\n]{0,40}\b(?:goes|falls|is) (?:against|outside|beyond)",
     re.IGNORECASE,
 )
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$", re.DOTALL | re.MULTILINE)
 
+_SPEAKER = re.compile(r"^\s*[A-Z][\w ]{0,20}:\s.*$", re.MULTILINE)
+
 
 def drop_refusals(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer opens by declining: in its first two sentences, what is quoted or said in a dialogue aside."""
 
     def refusal(answer: str) -> str | None:
-        opening = " ".join(re.split(r"(?<=[.!?…])\s+", _QUOTED.sub(" ", answer).strip())[:2])[:300]
+        said = _QUOTED.sub(" ", answer[:1000])
+        if len(_SPEAKER.findall(said)) > 1:
+            said = _SPEAKER.sub(" ", said)
+        opening = " ".join(re.split(r"(?<=[.!?…])\s+", said.strip(), maxsplit=2)[:2])[:300]
         found = REFUSAL.search(opening)
         return f"declines: {found[0]!r}" if found else None
 
     return _drop_answers(records, "refusal", refusal)
 
 
-_OPEN_END = re.compile(  # a sentence never ends with one of these
-    r"(?:[,;:(\[{–—-]|\b(?:a|an|the|and|or|but|nor|of|to|with|for|from|by|at|into|onto|than|then|because|if|when|while|until|unless"
-    r"|whether|which|who|whose|that|as|is|are|was|were|be|been|has|have|had|will|would|can|could|should|may|might|must|do|does"
-    r"|your|my|his|her|its|their|our|very|about|between|without|every|each))$",
+_OPEN_END = re.compile(  # what no sentence ends with, be there a full stop or not
+    r"(?:[,;:(\[{–—-]|\b(?:a|an|the|and|or|but|nor|of|to|with|for|from|by|at|into|onto|than|because|if|when|while|until|unless"
+    r"|whether|whose|your|my|their|our|its|every|between|without))$",
     re.IGNORECASE,
 )
 _CLOSED = re.compile(r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$")  # a sentence's end, a closing mark, or an emoji
@@ -247,22 +244,23 @@ def _cut_off(answer: str) -> str | None:
         return None
     last = lines[-1].rstrip()
     ending = last[-30:]
-    if (last[0].isspace() and not _ITEM.match(last)) or "\t" in last:
+    if (len(lines) > 1 and last[0].isspace() and not _ITEM.match(last)) or "\t" in last:
         return None  # code and tables end as they like
     said = _ITEM.sub("", last)
-    if _OPEN_END.search(said):
+    if _OPEN_END.search(said[-20:]):
         return f"ends with {ending!r}"
     if said.count("(") > said.count(")"):
         return f"a bracket is never closed in {ending!r}"
-    if _CLOSED.search(said):
+    if _CLOSED.search(said[-2:]):
         return None
     before = re.split(r"(?<=[.!?…])\s+", said)[:-1]  # sentences of the last line itself
     if any(re.search(r"\w", sentence) for sentence in before) and not _ends_in_number(said):
         return f"the last sentence has no end: {ending!r}"
     item = bool(_ITEM.match(last))
     kin = [line.rstrip() for line in lines[:-1] if bool(_ITEM.match(line)) == item and not line.rstrip().endswith(":")]
-    closed = sum(bool(_CLOSED.search(line)) for line in kin)
-    if kin and 2 * closed > len(kin) and not _ends_in_number(said):
+    closed = sum(bool(_CLOSED.search(line[-2:])) for line in kin)
+    short = not item and len(said.split()) < 5  # "Enjoy your meal", a name under a letter
+    if kin and 2 * closed > len(kin) and not short and not _ends_in_number(said):
         return f"the last line has no end, those before it have: {ending!r}"
     if not kin and len(said.split()) > 12:
         return f"a long sentence has no end: {ending!r}"
@@ -270,31 +268,33 @@ def _cut_off(answer: str) -> str | None:
 
 
 def _ends_in_number(text: str) -> bool:
-    return bool(re.search(r"\d\S{0,3}$", text))
+    return bool(re.search(r"\d[^\w\s]?\s?[^\w\s]?\w{0,3}$", text[-10:]))  # its unit too
 
 
 # What UTF-8 looks like when it was read as cp1252 or Latin-1: a lead byte's character and those of its continuation bytes.
 _CP1252 = {char: byte for byte in range(0x80, 0xA0) if (char := bytes([byte]).decode("cp1252", "ignore"))}
 _BYTE = {**{chr(byte): byte for byte in range(0x80, 0x100)}, **_CP1252}
 _LATER = "[" + "".join(re.escape(char) for char, byte in _BYTE.items() if byte < 0xC0) + "]"
-_MOJIBAKE = re.compile(f"[Â-ß]{_LATER}|[à-ï]{_LATER}{{2}}|[ð-ô]{_LATER}{{3}}")
+_MOJIBAKE = re.compile(f"[Â-Û]{_LATER}|(?:[à-ï]{_LATER}{{2}})+|[ð-ô]{_LATER}{{3}}")
 
 
 def mend_encoding(text: str) -> str:
     """Text with UTF-8 that was read as cp1252 or Latin-1 put right, however often it happened: "CrÃ¨me" → "Crème".
 
-    Only what comes out as a common character is put right: Latin letters, Greek, Cyrillic, punctuation, signs, Asian scripts
-    and emoji. So "CAFÉ»" stays. What was lost (�) cannot be mended.
+    Only what comes out as common text is put right: Latin, Greek, Cyrillic, Hebrew and Arabic letters, punctuation, signs,
+    emoji, and Asian scripts from two characters on. So "CAFÉ»" and "fiancé—“yes”" stay. What was lost (�) cannot be mended.
     """
 
     def right(found: re.Match) -> str:
         try:
-            char = bytes(_BYTE[c] for c in found[0]).decode("utf-8")
+            said = bytes(_BYTE[c] for c in found[0]).decode("utf-8")
         except UnicodeDecodeError:
             return found[0]
-        code = ord(char)
-        common = 0xA0 <= code < 0x180 or 0x370 <= code < 0x530 or code >= 0x600
-        return char if common else found[0]
+        code = ord(said[0])
+        twice_latin1 = 0x80 <= code < 0xA0 and found[0][1] == said[0]
+        letter = 0xA0 <= code < 0x180 or 0x370 <= code < 0x700
+        sign = 0x2000 <= code < 0x2E80 or code in (0xFE0F, 0xFEFF) or code >= 0x1F000
+        return said if twice_latin1 or letter or sign or len(said) > 1 else found[0]
 
     while (mended := _MOJIBAKE.sub(right, text)) != text:
         text = mended

@@ -1,0 +1,368 @@
+"""Cleaning: every planted fault is found by kind, what only looks guilty stays, and what stays is untouched."""
+
+import copy
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spark_ft import cleaning as c
+from spark_ft.models import ROOT
+from spark_ft.records import read_records
+
+HELD_OUT = [("kitchen_tickets", "sft"), ("kitchen_preferences", "preference")]
+DROPS = {
+    "exact_duplicate": c.drop_exact_duplicates,
+    "near_duplicate": c.drop_near_duplicates,
+    "refusal": c.drop_refusals,
+    "cut_off": c.drop_cut_off,
+    "encoding": c.drop_broken_encoding,
+    "repetition": c.drop_repetition,
+    "leaked": lambda rows: c.drop_leaked(rows, held_out()),
+}
+
+
+def held_out():
+    return [row for name, kind in HELD_OUT for row in read_records(ROOT / f"data/{name}/test.jsonl", kind)]
+
+
+@pytest.fixture(scope="module")
+def messy():
+    return read_records(ROOT / "data/messy/train.jsonl", "sft")
+
+
+@pytest.fixture(scope="module")
+def faults():
+    return json.loads((ROOT / "data/messy/faults.json").read_text())
+
+
+def row(answer, prompt="How?"):
+    return {"prompt": prompt, "completion": answer}
+
+
+def is_dropped(drop, answer) -> bool:
+    return bool(drop([row(answer)]).dropped)
+
+
+# --- the messy set ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_every_planted_fault_of_a_kind_is_found_by_the_function_for_it(messy, faults, kind):
+    planted = {name for name, fault in faults.items() if fault == kind}
+    assert len(planted) >= 10
+    found = {drop.record["id"]: drop for drop in DROPS[kind](messy).dropped}
+    assert planted - set(found) == set()
+    assert {drop.fault for drop in found.values()} == {kind}
+    assert all(drop.reason and messy[drop.index] is drop.record for drop in found.values())
+
+
+def test_at_most_two_percent_of_the_clean_rows_are_dropped_by_any_function(messy, faults):
+    accused = {drop.record["id"] for function in DROPS.values() for drop in function(messy).dropped}
+    clean = {record["id"] for record in messy} - set(faults)
+    assert len(accused & clean) <= 0.02 * len(clean), sorted(accused & clean)
+
+
+def test_clean_drops_every_fault_once_and_leaves_the_rest_in_order(messy, faults):
+    before = copy.deepcopy(messy)
+    result = c.clean(messy, held_out())
+    assert messy == before
+    assert len(result.kept) + len(result.dropped) == len(messy)
+    assert sum(result.counts().values()) == len(result.dropped)
+    gone = [drop.index for drop in result.dropped]
+    assert gone == sorted(set(gone)), "each dropped row once, in order"
+    assert all(kept is record for kept, record in zip(
+        result.kept, (record for i, record in enumerate(messy) if i not in set(gone)), strict=True
+    )), "what is kept is the very row that came in"  # fmt: skip
+    assert set(faults) <= {drop.record["id"] for drop in result.dropped}
+    for drop in result.dropped:
+        assert messy[drop.index] is drop.record
+        assert drop.fault == faults.get(drop.record["id"], drop.fault), drop
+        assert (drop.copy_of is not None) == (drop.fault in ("exact_duplicate", "near_duplicate", "leaked"))
+        if drop.fault == "exact_duplicate":
+            original = messy[drop.copy_of]
+            assert (original["prompt"], original["completion"]) == (drop.record["prompt"], drop.record["completion"])
+            assert drop.copy_of < drop.index
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("kitchen_tickets", "sft"), ("kitchen_preferences", "preference"), ("kitchen_feedback", "feedback"),
+     ("kitchen_chats", "sharegpt")],
+)  # fmt: skip
+def test_the_other_sets_are_clean(name, kind):
+    rows = read_records(ROOT / f"data/{name}/train.jsonl", kind)
+    assert len(c.clean(rows).kept) >= 0.98 * len(rows), c.clean(rows).dropped
+
+
+# --- duplicates ------------------------------------------------------------------------------------------------------
+
+CODE = "Here:\n```python\ndef total(prices):\n    sum = 0\n    for price in prices:\n        sum += price\n{}return sum\n```"
+
+
+def test_code_that_differs_only_in_its_indentation_is_no_duplicate():
+    inside, after = (row(CODE.format(indent), "Add the prices up.") for indent in ("        ", "    "))
+    for drop in (c.drop_exact_duplicates, c.drop_near_duplicates):
+        assert drop([inside, after]).kept == [inside, after]
+    assert c.drop_near_duplicates([inside, {**inside, "prompt": "Add all prices up."}]).dropped[0].copy_of == 0
+    tabs = row("all: soup\n\tcp leek pot\n\tboil pot for an hour and then serve it hot to all the guests", "A Makefile?")
+    spaces = {**tabs, "completion": tabs["completion"].replace("\t", "    ")}
+    assert len(c.drop_near_duplicates([tabs, spaces]).kept) == 2, "make takes tabs only"
+
+
+def test_an_exact_duplicate_is_equal_in_every_turn_and_space_whatever_its_other_fields():
+    rows = [
+        {"id": 1, **row("Leek.")},
+        {"id": 2, **row("Leek. ")},
+        {"id": 3, **row("Leek.", "Why?")},
+        {"id": 4, **row("Leek.")},
+        {"id": 5, **row("Leek.")},
+    ]
+    result = c.drop_exact_duplicates(rows)
+    assert [record["id"] for record in result.kept] == [1, 2, 3]
+    assert [(drop.index, drop.copy_of) for drop in result.dropped] == [(3, 0), (4, 0)]
+
+
+WORDS = st.lists(st.integers(0, 400).map(lambda i: f"w{i}"), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_near_duplicates_are_those_that_brute_force_finds(lists, rng):
+    lists += [[*words[:-1], "changed"] for words in rng.sample(lists, len(lists) // 2)]
+    rows = [row(" ".join(words)) for words in lists]
+    grams = []
+    for words in lists:
+        words = ["how", *words]
+        grams.append({tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))})
+    kept = []
+    for i, mine in enumerate(grams):
+        if all(len(mine & grams[k]) / len(mine | grams[k]) < 0.7 for k in kept):
+            kept.append(i)
+    assert c.drop_near_duplicates(rows).kept == [rows[i] for i in kept]
+
+
+def test_near_duplicates_are_found_at_the_threshold_too():
+    """MinHash guesses; over many pairs just above the threshold hardly any may be missed."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(150):
+        words = [f"w{rng.randrange(10**6)}" for _ in range(40)]
+        edited = [*words[:-3], *(f"x{rng.randrange(10**6)}" for _ in range(3))]  # 35 of 41 trigrams shared, then fewer
+        edited[10] = "other"
+        rows += [row(" ".join(words), f"question {i}"), row(" ".join(edited), f"question {i}")]
+    shares = [drop.reason for drop in c.drop_near_duplicates(rows, threshold=0.7).dropped]
+    assert len(shares) >= 148, len(shares)
+
+
+def test_rows_of_every_kind_are_compared_by_their_texts():
+    chat = {"messages": [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Leek, leek and leek."}]}
+    sharegpt = {"conversations": [{"from": "human", "value": "Soup?"}, {"from": "gpt", "value": "Leek, leek and leek."}]}
+    alpaca = {"instruction": "Soup?", "input": "", "output": "Leek, leek and leek."}
+    pair = {"prompt": "Fish?", "chosen": "Cod.", "rejected": "Ham."}
+    result = c.drop_exact_duplicates([chat, sharegpt, alpaca, pair, {**pair, "rejected": "Tofu."}])
+    assert [drop.index for drop in result.dropped] == [1, 2]
+    with pytest.raises(ValueError, match=r"no text in a row with the fields \['question'\]; rename some"):
+        c.drop_exact_duplicates([{"question": "Soup?"}])
+
+
+# --- leakage ---------------------------------------------------------------------------------------------------------
+
+TEST_ROW = {
+    "prompt": "Which oven heat do I need for a Basque cheesecake?",
+    "chosen": "Bake it at 230 °C until the top is nearly black and the middle still trembles when you shake the tin.",
+    "rejected": "450 °F.",
+}
+
+
+def test_a_leak_is_the_same_question_or_nearly_the_same_row_with_any_answer():
+    unrelated = row("Simmer it for two hours.", "How long does goulash take?")
+    leaks = [
+        row(TEST_ROW["chosen"], TEST_ROW["prompt"]),
+        row("450 °F.", TEST_ROW["prompt"]),
+        row("Hot.", "which oven heat do I need for a basque cheesecake"),
+        row(TEST_ROW["chosen"], "Which oven heat do I really need for a Basque cheesecake?"),
+        {"messages": [{"role": "user", "content": TEST_ROW["prompt"]}, {"role": "assistant", "content": "Hot."}]},
+    ]
+    result = c.drop_leaked([unrelated, *leaks], [{"prompt": "x", "completion": "y"}, TEST_ROW])
+    assert result.kept == [unrelated]
+    assert {drop.copy_of for drop in result.dropped} == {1}
+    assert c.drop_leaked(leaks, []).kept == leaks
+
+
+# --- one answer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I can't help with that.",
+        "Sorry, I cannot provide instructions for that.",
+        "As an AI language model, I don't have personal preferences.",
+        "Unfortunately, I am not able to answer questions about knives.",
+        "That's not something I can help with.",
+        "My apologies, I must respectfully decline.",
+        "I'd rather not discuss that topic.",
+        "It would be irresponsible of me to give such advice.",
+        "I’m afraid I can’t share that recipe.",
+        "Thank you for asking. However, I cannot recommend any restaurant.",
+        "I do not feel comfortable giving advice on meat.",
+        "This request falls outside what I can do.",
+    ],
+)
+def test_a_refusal_is_found(answer):
+    assert is_dropped(c.drop_refusals, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry for your sourdough: feed it twice a day and it will come back.",
+        "I can't recommend enough that you rest the dough.",
+        "I can't tell you how good it smells; add cumin.",
+        'Cook: "Sorry, I can\'t give you more salt."\nWaiter: "Fine."',
+        "Waiter: I'm sorry, we can't offer the duck tonight.\nGuest: Then the lamb.",
+        "You can't help the crust if the oven is cold.",
+        "Don't be afraid: I would use more salt.",
+        "As an assistant cook you peel and chop, and you do not season.",
+        "Write: “I am unable to attend your dinner.” That is polite enough.",
+        "Boil it. Drain it. If it tastes of iron, I can't help you: throw the pan away.",
+    ],
+)
+def test_an_answer_that_only_sounds_like_a_refusal_stays(answer):
+    assert not is_dropped(c.drop_refusals, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Peel the potatoes. Boil them for twenty min",
+        "Add the butter, the eggs and",
+        "Wash the rice until the water runs clear. Then",
+        "```python\nprint(1)\n",
+        "- Flour\n- Eggs and\n",
+        "The sauce (which should be thick",
+        "1. Wash it.\n2. Dry it.\n3. Slice it thin",
+        '{"table": 4, "items": [',
+        "The best pan is made of cast iron because it holds its heat for a long time even whe",
+        "Wash it first.\n\nAfter that you should let it dry on a",
+    ],
+)
+def test_a_cut_off_answer_is_found(answer):
+    assert is_dropped(c.drop_cut_off, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Leek",
+        "42",
+        "- flour\n- eggs\n- milk",
+        "Use 3 g of salt. Bake at 180 °C",
+        "It takes 20 min. That's it 🙂",
+        "Roses are red\nViolets are blue\nSugar is sweet\nAnd so are you",
+        "Here it is:\n```python\nx = (1,\n     2)\n```",
+        "| a | b |\n|---|---|\n| 1 | 2 |",
+        "Dear guest,\n\nthank you for coming.\n\nBest wishes\nAna",
+        "Steps:\n1. Wash\n2. Dry\n3. Slice",
+        '{"table": 4, "items": []}',
+        "for dish in menu:\n    print(dish)",
+        "Yes, you can",
+        "The word you want is “al dente”",
+    ],
+)
+def test_an_answer_that_ends_as_its_kind_does_stays(answer):
+    assert not is_dropped(c.drop_cut_off, answer)
+
+
+@pytest.mark.parametrize(
+    ("broken", "mended"),
+    [
+        ("CrÃ¨me brÃ»lÃ©e", "Crème brûlée"),
+        ("180 Â°C", "180 °C"),
+        ("donâ€™t", "don’t"),
+        ("it\u00e2\u0080\u0099s", "it’s"),
+        ("gruyÃƒÂ¨re", "gruyère"),
+        ("ðŸ˜€ fun", "😀 fun"),
+        ("ÐŸÑ€Ð¸Ð²ÐµÑ‚", "Привет"),
+        ("caf\ufffd", "caf\ufffd"),
+        ("a\x00b", "a\x00b"),
+    ],
+)
+def test_broken_encoding_is_found_and_mended_where_nothing_was_lost(broken, mended):
+    assert is_dropped(c.drop_broken_encoding, broken)
+    assert c.mend_encoding(broken) == mended
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["PÃO DE QUEIJO", "CAFÉ»", "« À la carte »", "château, 180 °C, ½", "Привет 日本 😀", "TÊTE-À-TÊTE", "fiancé—“yes”"],
+)
+def test_letters_where_they_belong_stay(text):
+    assert not is_dropped(c.drop_broken_encoding, text)
+    assert c.mend_encoding(text) == text
+
+
+LETTERS = [*"éèêçñöüßàâîôœ’“”–—…½¼°€×я😀", "日本語"]
+UNIT = st.builds("{}{}{}".format, st.sampled_from("ab "), st.sampled_from(LETTERS), st.sampled_from("ab "))
+
+
+@given(st.lists(UNIT, max_size=8).map("".join), st.sampled_from(["cp1252", "latin-1"]), st.integers(1, 2))
+def test_mending_undoes_a_wrong_reading(text, wrong, times):
+    broken = text
+    for _ in range(times):
+        try:
+            broken = broken.encode().decode(wrong)
+        except UnicodeDecodeError:  # cp1252 has no character for five of the bytes
+            return
+    assert c.mend_encoding(text) == text
+    assert c.mend_encoding(broken) == text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "It is very very very very very good.",
+        "Salt and pepper, salt and pepper, salt and pepper, salt and pepper.",
+        "Take the pan off the heat now. " * 3,
+        "Stir.\nAdd some more stock to it.\n" * 4 + "Serve.",
+    ],
+)
+def test_a_loop_is_found(answer):
+    assert is_dropped(c.drop_repetition, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Row, row, row your boat, gently down the stream.",
+        "Fold. Rest 30 minutes. Fold. Rest 30 minutes. Fold. Rest 30 minutes. Bake.",
+        "Turn it and wait for one minute. " * 3 + "Then it is done.",
+        "1. Fold it in three and chill it.\n2. Fold it in three and chill it.\n3. Fold it in three and chill it.",
+        "```\n" + "beep(440)\n" * 8 + "```",
+        "| a | a |\n" * 6,
+    ],
+)
+def test_what_repeats_for_a_reason_stays(answer):
+    assert not is_dropped(c.drop_repetition, answer)
+
+
+def test_only_the_answers_are_judged_and_a_rejected_one_may_be_faulty():
+    refusal = "I'm sorry, but I can't help with that."
+    pair = {"prompt": refusal, "chosen": "Leek.", "rejected": refusal}
+    assert c.drop_refusals([pair]).kept == [pair]
+    assert c.drop_refusals([{**pair, "chosen": refusal, "rejected": "Leek."}]).kept == []
+    chat = [{"role": "user", "content": "Soup and"}, {"role": "assistant", "content": "Leek and"}]
+    assert c.drop_cut_off([{"messages": chat[:1]}]).dropped == []
+    assert c.drop_cut_off([{"messages": chat}]).kept == []
+
+
+@given(st.lists(st.text(max_size=60).filter(str.strip), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=60)
+def test_any_text_can_be_cleaned_and_what_stays_is_the_same_object(texts):
+    rows = [row(text) for text in texts]
+    result = c.clean(rows, rows[:0])
+    assert all(any(kept is record for record in rows) for kept in result.kept)
+    assert len(result.kept) + len(result.dropped) == len(rows)
