@@ -33,12 +33,16 @@ def with_shuffled_answers(records: list[dict], seed: int = 0) -> list[dict]:
 
 
 def run_config(seed: int = 0, **changes) -> TrainConfig:
-    """The profile's training run: its steps and learning rate, a tenth of the steps to warm up, then half a cosine."""
+    """The profile's training run: its steps and learning rate, a tenth of the steps to warm up, then half a cosine.
+
+    β₂ is 0.99, not AdamW's usual 0.999: in under a hundred steps a running average over a thousand would never warm up.
+    """
     here = profile()
     settings = {
         "steps": here.steps,
         "learning_rate": here.learning_rate,
         "warmup_steps": here.steps // 10,
+        "betas": (0.9, 0.99),
         "gradient_accumulation_steps": here.gradient_accumulation_steps,
         "seed": seed,
     }

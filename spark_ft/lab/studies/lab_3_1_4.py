@@ -5,7 +5,7 @@ import torch
 from spark_ft.adapters import add_adapters
 from spark_ft.lab import kitchen
 from spark_ft.lab.experiments import experiment
-from spark_ft.models import load_model
+from spark_ft.models import PROFILES, load_model
 
 
 def fine_tuned(records: list[dict], seed: int, steps: int):
@@ -18,7 +18,13 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
 
 
 @experiment(
-    settings={"profile": "laptop", "steps": 80, "adapter": str(kitchen.ADAPTER), "control_notes": 50},
+    settings={
+        "profile": "laptop",
+        "steps": 80,
+        "learning_rate": PROFILES["laptop"].learning_rate,
+        "adapter": str(kitchen.ADAPTER),
+        "control_notes": 50,
+    },
     code=[
         fine_tuned,
         kitchen.fine_tune,
@@ -26,7 +32,7 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
         kitchen.score,
         kitchen.with_shuffled_answers,
     ],
-    data=["data/kitchen_tickets/train.jsonl", "data/kitchen_tickets/test.jsonl"],
+    data=[f"data/kitchen_tickets/{split}.jsonl" for split in ("train", "validation", "test")],
 )
 def kitchen_finetune(seed: int, steps: int = 80) -> dict:
     """Held-out exact match after training on true and on shuffled answers."""
@@ -36,11 +42,13 @@ def kitchen_finetune(seed: int, steps: int = 80) -> dict:
     model, tokenizer, history = fine_tuned(rows, seed, steps)
     figures = {
         "first_losses": history.losses[:5],
-        "last_loss": history.losses[-1],
+        "last_loss": sum(history.losses[-5:]) / 5,
+        "exact_validation": kitchen.score(model, tokenizer, kitchen.tickets("validation"))[0].value,
         "exact_seen": kitchen.score(model, tokenizer, seen)[0].value,
         "exact_unseen": kitchen.score(model, tokenizer, unseen)[0].value,
     }
+    print(figures, flush=True)
     model, tokenizer, history = fine_tuned(kitchen.with_shuffled_answers(rows, seed), seed, steps)
-    figures["shuffled_last_loss"] = history.losses[-1]
+    figures["shuffled_last_loss"] = sum(history.losses[-5:]) / 5
     figures["exact_shuffled"] = kitchen.score(model, tokenizer, seen[:50])[0].value
     return figures
