@@ -74,6 +74,17 @@ def test_a_mutant_is_diagnosed(check, says, mutant):
             check(mutant)
 
 
+def test_loss_parity_on_a_real_model(tiny_llama):
+    model = tiny_llama()
+    ids = torch.randint(3, 90, (2, 7))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    lab.check_loss_parity(RIGHT[lab.check_completion_loss], model, batch)
+    with pytest.raises(checks.CheckFailed, match="your loss of row 0"):
+        lab.check_loss_parity(lambda x, y: F.cross_entropy(x, y), model, batch)
+
+
 def test_checks_are_independent_of_torch_seed():
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -73,13 +73,13 @@ class _FrozenHead(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             y = targets[rows]
             logits = _wide(hidden[rows] @ head.T)
-            target, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)
-            # not torch.softmax: on CPU its quick exp is 20 units in the last place off, and the gradient ten times as far
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(1, keepdim=True)
-            logps[rows] = (target - top - total.log()).squeeze(1)
+            target, (top, at) = logits.gather(1, y[:, None]), logits.max(1, keepdim=True)
+            # torch's softmax, as in transformers' own loss: its exp on CPU is a little coarse, and so both agree to 1e-6
+            probs = torch.softmax(logits, 1, out=logits)
+            # log Σ exp = top − log p(top), and p(top) ≥ 1/V never underflows, which p(target) may
+            logps[rows] = (target - top + probs.gather(1, at).log()).squeeze(1)
             if needs_grad:
-                torch.mm(weights.to(head.dtype), head, out=slope[rows]).div_(-total).add_(head[y])
+                torch.mm(probs.to(head.dtype), head, out=slope[rows]).neg_().add_(head[y])
         if needs_grad:
             ctx.save_for_backward(slope)
         return logps

@@ -55,6 +55,23 @@ def check_completion_loss(answer) -> str:
 
 
 @check
+def check_loss_parity(answer, model, batch) -> str:
+    """completion_loss on a real model's logits, beside spark_ft's loss and transformers' own."""
+    from spark_ft.training import sft_loss
+
+    for row in range(2):
+        length = int(batch["attention_mask"][row].sum())
+        alone = {key: tensor[row : row + 1, :length] for key, tensor in batch.items()}
+        with torch.no_grad():
+            total, count = sft_loss(model, alone)
+            theirs = model(**alone)
+            yours = answer(theirs.logits[0], alone["labels"][0])
+        require_close(total / count, theirs.loss, "spark_ft's loss", tolerance=1e-5)
+        require_close(yours, theirs.loss, f"your loss of row {row}, beside transformers' own", tolerance=1e-5)
+    return f"yours, spark_ft's and transformers' loss agree on real rows ({yours:.4f}, {total / count:.4f}, {theirs.loss:.4f})"
+
+
+@check
 def check_accumulated_loss(answer) -> str:
     """accumulated_loss([(sum, count), …]) against one big batch."""
     for counts in ((3, 40), (5, 5), (1, 2, 90), (7,)):
