@@ -131,9 +131,10 @@ class _Near:
         from datasketch import MinHash, MinHashLSH
 
         self.threshold = threshold
-        # The index only proposes, the exact count decides. Its bands are chosen for a quarter fewer shared trigrams than asked
-        # for, since at its own threshold it would miss about every other text.
-        self.lsh = MinHashLSH(threshold=max(0.1, threshold - 0.25), num_perm=128)
+        # The index only proposes, the exact count decides. Two texts that share a part s of their trigrams are proposed with
+        # probability 1 − (1 − s^r)^(128/r): the longest bands r that miss less than one in a thousand at the threshold.
+        size = next((r for r in range(8, 1, -1) if (1 - threshold**r) ** (128 // r) < 1e-3), 1)
+        self.lsh = MinHashLSH(num_perm=128, params=(128 // size, size))
         self.empty = MinHash(num_perm=128)
         self.texts: list[tuple[int, set, list[str]]] = []
 

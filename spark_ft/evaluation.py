@@ -152,6 +152,7 @@ def perplexity(model: nn.Module, tokenizer, records: Sequence[dict], batch_size:
         raise ValueError("an empty data set: no rows to measure on; check the file or the filter before this")
     training = model.training
     model.eval()
+    records = list(records)  # a slice of a datasets.Dataset would be columns
     total, count = 0.0, 0
     for start in range(0, len(records), batch_size):
         batch = collate_sft(records[start : start + batch_size], tokenizer, max_length)
