@@ -293,7 +293,7 @@ def mend_encoding(text: str) -> str:
             return found[0]
         code = ord(said[0])
         twice_latin1 = 0x80 <= code < 0xA0 and found[0][1] == said[0]
-        letter = 0xA0 <= code < 0x180 or 0x370 <= code < 0x700
+        letter = 0xA0 <= code < 0x180 or 0x370 <= code < 0x700 or said[0] in _CP1252  # whose ˜ ˆ ƒ come of two wrong readings
         sign = 0x2000 <= code < 0x2E80 or code in (0xFE0F, 0xFEFF) or code >= 0x1F000
         return said if twice_latin1 or letter or sign or len(said) > 1 else found[0]
 

@@ -309,6 +309,7 @@ LETTERS = [*"éèêçñöüßàâîôœ’“”–—…½¼°€×я😀", "�
 UNIT = st.builds("{}{}{}".format, st.sampled_from("ab "), st.sampled_from(LETTERS), st.sampled_from("ab "))
 
 
+@settings(max_examples=300, deadline=None)
 @given(st.lists(UNIT, max_size=8).map("".join), st.sampled_from(["cp1252", "latin-1"]), st.integers(1, 2))
 def test_mending_undoes_a_wrong_reading(text, wrong, times):
     broken = text
