@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spark_ft.data import collate_sft, completion_logps
+from spark_ft.data import IGNORE, collate_sft, completion_logps
 
 
 class Estimate(NamedTuple):
@@ -74,6 +75,31 @@ def exact_match(outputs: Sequence[str], references: Sequence[str]) -> list[bool]
     """
     _same_length(outputs, references)
     return [_canonical(out) == _canonical(ref) for out, ref in zip(outputs, references, strict=True)]
+
+
+@torch.no_grad()
+def greedy_match(
+    model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16, max_length: int = 1024
+) -> list[bool]:
+    """Whether greedy generation would write each record's completion token for token, found without generating anything.
+
+    It would just where every completion token is the likeliest one after the true tokens before it: one forward pass in
+    place of one for each token.
+    """
+    training = model.training
+    model.eval()
+    records, matches = list(records), []
+    for start in range(0, len(records), batch_size):
+        batch = collate_sft(records[start : start + batch_size], tokenizer, max_length)
+        predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
+        hidden = model.base_model(
+            batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device), use_cache=False
+        ).last_hidden_state[predicts.to(model.device)]
+        likeliest = model.get_output_embeddings()(hidden).argmax(-1).cpu()
+        hits = likeliest == batch["labels"].roll(-1, 1)[predicts]
+        matches += [bool(part.all()) for part in hits.split(predicts.sum(1).tolist())]
+    model.train(training)
+    return matches
 
 
 def field_f1(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:

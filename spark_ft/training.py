@@ -202,8 +202,7 @@ def _accumulate(model, batch: Batch, loss: Loss, parts: int, accelerator: Accele
 
 
 def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else 0
+    return sum(int(tensor.sum()) for name, tensor in batch.items() if name.endswith("_mask"))
 
 
 def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, history: History) -> Iterator[int]:

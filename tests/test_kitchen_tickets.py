@@ -127,7 +127,7 @@ def test_splits_have_their_sizes_and_parts(rows):
     assert parts == {
         "train": {("seen", "seen"): 600},
         "validation": {("seen", "seen"): 100},
-        "test": {(p, d): 50 for p in ("seen", "unseen") for d in ("seen", "unseen")},
+        "test": {("seen", "seen"): 100, ("unseen", "seen"): 50, ("unseen", "unseen"): 50},
     }
 
 

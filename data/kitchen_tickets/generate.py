@@ -178,7 +178,7 @@ UNSEEN_STYLES = [
 
 def draw_order(rng: random.Random, menu: list[Dish]) -> dict:
     """An order as the ticket shows it: keys always in this order, what was not asked for left out."""
-    dishes = rng.sample(menu, rng.choices((1, 2), (4, 1))[0])
+    dishes = rng.sample(menu, rng.choices((1, 2), (9, 1))[0])
     most = 3 - len(dishes)  # two wishes for one dish alone, one for each of two: a ticket stays short
     items = []
     for dish in dishes:
@@ -251,12 +251,8 @@ def make() -> dict[str, list[dict]]:
     rng = random.Random(SEED)
     train = draw_rows(rng, 600, "seen", "seen", [])
     validation = draw_rows(rng, 100, "seen", "seen", train)
-    test = [
-        row
-        for phrasing in ("seen", "unseen")
-        for dishes in ("seen", "unseen")
-        for row in draw_rows(rng, 50, phrasing, dishes, train + validation)
-    ]
+    parts = (("seen", "seen", 100), ("unseen", "seen", 50), ("unseen", "unseen", 50))
+    test = [row for phrasing, dishes, n in parts for row in draw_rows(rng, n, phrasing, dishes, train + validation)]
     return {"train": train, "validation": validation, "test": test}
 
 

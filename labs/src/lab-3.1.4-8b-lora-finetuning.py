@@ -61,15 +61,17 @@ for row in rows[:3]:
 print(f"\n{len(rows)} notes to learn from, {len(test)} held out.")
 
 # %% [markdown]
-# The held-out notes come in two kinds, reported apart. Half use **seen** phrasings: ways of writing a note that training has, but
-# other orders, half of them with dishes that training never names. The other half use **unseen** phrasings: ways of writing that
-# training never shows. The first says whether the skill was learned; the second, how far it carries.
+# The held-out notes come in three kinds, reported apart. 100 use **seen phrasings**: ways of writing a note that training has, for
+# orders it has not. 50 use **unseen phrasings**, ways of writing that training never shows. The last 50 are in unseen phrasings
+# *and* name **unseen dishes**. The first kind says whether the skill was learned; the others, how far it carries.
 
 # %%
 seen = [row for row in test if row["phrasing"] == "seen"]
-unseen = [row for row in test if row["phrasing"] == "unseen"]
-print(f"seen phrasing:   {seen[0]['prompt'].splitlines()[1]}")
-print(f"unseen phrasing: {unseen[0]['prompt'].splitlines()[1]}")
+unseen = [row for row in test if row["phrasing"] == "unseen" and row["dishes"] == "seen"]
+both = [row for row in test if row["dishes"] == "unseen"]
+print(f"seen phrasing:            {seen[0]['prompt'].splitlines()[1]}")
+print(f"unseen phrasing:          {unseen[0]['prompt'].splitlines()[1]}")
+print(f"unseen phrasing and dish: {both[0]['prompt'].splitlines()[1]}")
 
 # %% [markdown]
 # ## 2. From text to tokens: the chat template
@@ -211,10 +213,10 @@ checks.check_learning_rate(learning_rate)
 # ## 5. Before
 #
 # Does the model know the format already? Ask it, on held-out notes, greedily (always its likeliest token). An answer counts when it
-# is the same ticket, value for value. The interval is Wilson's, 95%: 0 right of 50 does not prove "never".
+# is the same ticket, value for value. The interval is Wilson's, 95%: 0 right of 100 does not prove "never".
 
 # %%
-before, answers_before = kitchen.score(model, tokenizer, seen[:50])
+before, answers_before = kitchen.score(model, tokenizer, seen)
 print(f"exact before: {before.percent()}")
 print("note:  ", seen[0]["prompt"].splitlines()[1])
 print("answer:", answers_before[0][:300])
@@ -290,21 +292,25 @@ plots.show(
 # %% [markdown]
 # ## 8. After
 #
-# All 200 held-out notes, both kinds.
+# All 200 held-out notes, kind by kind.
 
 # %% tags=["experiment"]
 after_seen, answers_seen = kitchen.score(model, tokenizer, seen)
 after_unseen, answers_unseen = kitchen.score(model, tokenizer, unseen)
-print(f"exact, seen phrasings:   before {before.percent()}   after {after_seen.percent()}")
-print(f"exact, unseen phrasings:                      after {after_unseen.percent()}")
-for name, value in field_f1(answers_unseen, [row["completion"] for row in unseen]).items():
-    print(f"   field F1 on unseen phrasings, {name}: {value:.3f}")
+after_both, answers_both = kitchen.score(model, tokenizer, both)
+print(f"exact, seen phrasings:              {after_seen.percent()}   (before: {before.percent()})")
+print(f"exact, unseen phrasings:            {after_unseen.percent()}")
+print(f"exact, unseen phrasings and dishes: {after_both.percent()}")
+print("field F1 on all of them:")
+answers, wanted = answers_seen + answers_unseen + answers_both, [row["completion"] for row in seen + unseen + both]
+for name, value in field_f1(answers, wanted).items():
+    print(f"   {name:<12}{value:.3f}")
 
 # %% [markdown]
 # Read some. The misses teach more than the mean: usually one word of a dish went astray, and the JSON itself is whole.
 
 # %% tags=["experiment"]
-for kind, notes, answers in (("seen", seen, answers_seen), ("unseen", unseen, answers_unseen)):
+for kind, notes, answers in (("seen phrasing", seen, answers_seen), ("unseen phrasing", unseen, answers_unseen)):
     missed = [i for i, row in enumerate(notes) if answers[i] != row["completion"]]
     for i in [*missed[:2], 0]:
         print(f"[{kind}] {notes[i]['prompt'].splitlines()[1]}")
@@ -318,16 +324,15 @@ for kind, notes, answers in (("seen", seen, answers_seen), ("unseen", unseen, an
 # If this run scored well, the measure would be broken. It takes as long as the real one, so its three seeds are stored.
 
 # %% tags=["experiment"]
-typical, typical_unseen, control = (
-    mean_interval(stored.values(key)) for key in ("exact_seen", "exact_unseen", "exact_shuffled")
-)
-print(f"stored, {len(stored['runs'])} seeds, mean and 95% t interval of exact match on held-out notes")
-print(f"   true answers, seen phrasings    {typical.percent()}")
-print(f"   true answers, unseen phrasings  {typical_unseen.percent()}")
-print(f"   shuffled answers                {control.percent()}")
-print(
-    f"   last training loss: true {mean_interval(stored.values('last_loss'))}, shuffled {mean_interval(stored.values('shuffled_last_loss'))}"
-)
+kinds = ("seen", "unseen phrasings", "unseen phrasings and dishes", "shuffled")
+across_seeds = {kind: mean_interval(stored.values(kind)) for kind in kinds}
+control = across_seeds["shuffled"]
+print(f"stored, {len(stored['runs'])} seeds: mean of exact match on held-out notes, with its 95% t interval")
+for kind, estimate in across_seeds.items():
+    answers = "shuffled answers, seen phrasings" if kind == "shuffled" else f"true answers, {kind}"
+    print(f"   {answers:<42}{estimate.percent()}")
+losses = {kind: mean_interval(stored.values(key)) for kind, key in (("true", "last_loss"), ("shuffled", "shuffled_last_loss"))}
+print(f"mean training loss of the last five steps: true {losses['true']}, shuffled {losses['shuffled']}")
 
 fig, ax = plots.figure(
     "The skill is learned, and only from true answers",
@@ -339,6 +344,7 @@ bars = [
     ("before", before, "reference"),
     ("after, seen\nphrasings", after_seen, "package"),
     ("after, unseen\nphrasings", after_unseen, "other"),
+    ("after, unseen phr.\nand dishes", after_both, "yours"),
     ("control: shuffled\nanswers (stored)", control, "control"),
 ]
 for name, estimate, role in bars:
@@ -467,7 +473,7 @@ del fresh
 # ## What you should see
 #
 # - Before training, no ticket is right. After 80 steps of 8 notes, nine in ten or more are, on notes that training never saw.
-# - Unseen phrasings score lower than seen ones. 600 rows teach *these* ways to write a note; more ways of writing would carry further than more rows of the same.
+# - Unseen phrasings score far lower than seen ones, unseen dishes lower still. 600 rows teach *these* ways to write a note; more ways of writing would carry further than more rows of the same.
 # - Shuffled answers: the loss falls, and nothing is learned that is worth having. **A falling loss is not a result.** Held-out answers are.
 # - PEFT reads your adapter, and gives the same logits.
 #
@@ -509,6 +515,7 @@ headline(
     {
         "exact match, seen phrasings %": 100 * after_seen.value,
         "unseen phrasings %": 100 * after_unseen.value,
+        "unseen dishes too %": 100 * after_both.value,
         "before %": 100 * before.value,
         "shuffled control %": 100 * control.value,
         "s/step": seconds,

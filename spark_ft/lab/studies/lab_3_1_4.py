@@ -1,8 +1,11 @@
 """The stored runs of lab 3.1.4: the whole fine-tune, and the control that must fail."""
 
+from statistics import mean
+
 import torch
 
 from spark_ft.adapters import add_adapters
+from spark_ft.evaluation import greedy_match
 from spark_ft.lab import kitchen
 from spark_ft.lab.experiments import experiment
 from spark_ft.models import PROFILES, load_model
@@ -23,13 +26,12 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
         "steps": 80,
         "learning_rate": PROFILES["laptop"].learning_rate,
         "adapter": str(kitchen.ADAPTER),
-        "control_notes": 50,
     },
     code=[
         fine_tuned,
         kitchen.fine_tune,
         kitchen.run_config,
-        kitchen.score,
+        greedy_match,
         kitchen.with_shuffled_answers,
     ],
     data=[f"data/kitchen_tickets/{split}.jsonl" for split in ("train", "validation", "test")],
@@ -37,18 +39,17 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
 def kitchen_finetune(seed: int, steps: int = 80) -> dict:
     """Held-out exact match after training on true and on shuffled answers."""
     rows, test = kitchen.tickets("train"), kitchen.tickets("test")
-    seen = [row for row in test if row["phrasing"] == "seen"]
-    unseen = [row for row in test if row["phrasing"] == "unseen"]
-    model, tokenizer, history = fine_tuned(rows, seed, steps)
-    figures = {
-        "first_losses": history.losses[:5],
-        "last_loss": sum(history.losses[-5:]) / 5,
-        "exact_validation": kitchen.score(model, tokenizer, kitchen.tickets("validation"))[0].value,
-        "exact_seen": kitchen.score(model, tokenizer, seen)[0].value,
-        "exact_unseen": kitchen.score(model, tokenizer, unseen)[0].value,
+    groups = {
+        "validation": kitchen.tickets("validation"),
+        "seen": [row for row in test if row["phrasing"] == "seen"],
+        "unseen phrasings": [row for row in test if row["phrasing"] == "unseen" and row["dishes"] == "seen"],
+        "unseen phrasings and dishes": [row for row in test if row["dishes"] == "unseen"],
     }
-    print(figures, flush=True)
+    model, tokenizer, history = fine_tuned(rows, seed, steps)
+    figures = {"first_losses": history.losses[:5], "last_loss": mean(history.losses[-5:])}
+    figures |= {name: mean(greedy_match(model, tokenizer, group)) for name, group in groups.items()}
+    print(f"seed {seed}: {figures}", flush=True)
     model, tokenizer, history = fine_tuned(kitchen.with_shuffled_answers(rows, seed), seed, steps)
-    figures["shuffled_last_loss"] = sum(history.losses[-5:]) / 5
-    figures["exact_shuffled"] = kitchen.score(model, tokenizer, seen[:50])[0].value
+    figures["shuffled_last_loss"] = mean(history.losses[-5:])
+    figures["shuffled"] = mean(greedy_match(model, tokenizer, groups["seen"]))
     return figures
