@@ -165,8 +165,8 @@ for name, shape in SHAPES.items():
     adapters = sum(p.numel() for p in giant.parameters() if p.requires_grad)
     giants[name] = {
         "full fp32": number * 16 / 1e9,
-        "full bf16": number * 8 / 1e9,  # weights, gradients and both moments in two bytes each
-        "LoRA": (number * 2 + adapters * 16) / 1e9,  # frozen weights in bf16, adapters and all that belongs to them in fp32
+        "full bf16": number * 8 / 1e9,  # weights, gradients and both moments, two bytes each
+        "LoRA": (number * 2 + adapters * 16) / 1e9,  # the book in bf16; notes, gradients, moments in fp32
         "share": adapters / linear,
     }
     g = giants[name]
@@ -178,7 +178,7 @@ print(f"\na DGX Spark has {SPARK_GB:.0f} GB for everything; activations come on 
 
 # %% [markdown]
 # Read the columns from left to right. Full fine-tuning of 8B in fp32 just fails to leave room for anything else; of 70B it is
-# hopeless in any precision. With LoRA the cost is the frozen book itself, and the notes weigh next to nothing. (The 70B book
+# hopeless either way. With LoRA the cost is the frozen book itself, and the notes weigh next to nothing. (The 70B book
 # alone is still too large for the Spark in bf16. Lab 3.1.5 compresses it.)
 #
 # So the notes are cheap. Are they enough?
@@ -253,14 +253,14 @@ plots.show(
     f"the best rank-16 note holds on average {mean_kept[16]:.0%} of the squared norm of a real update, and "
     f"{mean_random[16]:.0%} of a random one.",
 )
-print(f"{'share of ‖ΔW‖² in the first':<32}" + "".join(f"{k:>6}" for k in mean_kept) + "  layers")
+print(f"{'share of ‖ΔW‖² in the first':<32}" + "".join(f"{k:>6}" for k in mean_kept) + "  layers of paint")
 print(f"{'real update, mean of three':<32}" + "".join(f"{v:>6.0%}" for v in mean_kept.values()))
 print(f"{'random matrix':<32}" + "".join(f"{v:>6.0%}" for v in mean_random.values()))
 
 # %% [markdown]
-# The real update is **not exactly** low-rank: the curve has a long tail, and even rank 64 leaves something out. (Part of the tail is
-# AdamW's doing. It divides each entry by that entry's own size, which makes faint entries as loud as strong ones.) But most of
-# the change sits in a few layers, where noise spreads over all of them.
+# The real update is **not exactly** low-rank: the curve has a long tail, and even rank 64 leaves something out. But most of the
+# change sits in a few layers of paint, where noise spreads over all of them. (A suspect for the tail: AdamW divides each entry by
+# that entry's own size, which makes faint entries as loud as strong ones. Swap in `torch.optim.SGD` and see whether it shrinks.)
 #
 # Is the tail worth having? Ask the model. Keep only the best rank-$k$ part of each $\Delta W$, put it back, and look at the held-out
 # tickets: does the model still know what it learned?
@@ -431,8 +431,8 @@ checks.check_lora_linear(MyLoRALinear)
 #
 # <details><summary>Hint: PyTorch objects to changing a weight</summary>
 #
-# Put `@torch.no_grad()` above the function: this is bookkeeping, and no gradient should know of it. `weight += …` then
-# works in place.
+# A weight is a parameter, and PyTorch guards those against changes behind its back. `@torch.no_grad()` above each function says:
+# this is bookkeeping, and no gradient should know of it. Under it, `layer.base.weight += …` works in place.
 # </details>
 
 # %% nbgrader={"grade_id": "merge", "solution": true}
@@ -511,9 +511,10 @@ for name, difference in parity.items():
 #
 # ## How much rank do you need?
 #
-# Cutting a finished update to rank 1 lost about half of what it had learned. *Training* at rank 1 may do better, since then
-# every step is taken with the rank in mind. Train it and see. Every linear layer of the model but the output head gets a note; 20 steps of 4 tickets; $\alpha = 2r$, so
-# the scale stays 2 and only the rank differs. Then 32 held-out tickets, three figures for each:
+# Cutting a finished update to rank 1 lost about half of what it had taught. *Training* at rank 1 may do better, since then every
+# step is taken with the rank in mind, and every layer can help. Train it and see: every linear layer of the model but the output
+# head gets a note; 20 steps of 4 tickets; $\alpha = 2r$, so the scale stays 2 and only the rank differs. Then three figures on 32
+# held-out tickets:
 #
 # - **loss** on the answer's tokens,
 # - **token accuracy**: how often the most probable token is the right one, given the right ones before it,
