@@ -48,8 +48,8 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("laptop", None, None, torch.float32, 80, 8, 1, 512, 3e-3),
-        Profile("gpu", None, None, torch.float32, 80, 8, 1, 1024, 3e-3),
+        Profile("laptop", None, None, torch.float32, 80, 8, 1, 512, 2e-3),
+        Profile("gpu", None, None, torch.float32, 80, 8, 1, 1024, 2e-3),
         Profile("spark", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-72B-Instruct", torch.bfloat16, 120, 8, 2, 2048, 2e-4),
     )
 }

@@ -28,7 +28,7 @@ class Dish(NamedTuple):
 
 GRILL = "rare|medium rare|medium|medium well|well done"
 PINK = "rare|medium rare|medium"
-HEAT = "mild|medium|hot|extra hot"
+HEAT = "mild|medium|hot|very hot"
 EGGS = "over easy|sunny side up|poached|scrambled"
 
 SEEN_DISHES = [
@@ -176,9 +176,9 @@ UNSEEN_STYLES = [
 ]
 
 
-def draw_order(rng: random.Random, menu: list[Dish]) -> dict:
-    """An order as the ticket shows it: keys always in this order, what was not asked for left out."""
-    dishes = rng.sample(menu, rng.choices((1, 2), (9, 1))[0])
+def draw_order(rng: random.Random, menu: list[Dish], count: int) -> dict:
+    """An order of one or two dishes as the ticket shows it: keys always in this order, what was not asked for left out."""
+    dishes = rng.sample(menu, count)
     most = 3 - len(dishes)  # two wishes for one dish alone, one for each of two: a ticket stays short
     items = []
     for dish in dishes:
@@ -232,7 +232,7 @@ def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, earlie
     rows: list[dict] = []
     while len(rows) < count:
         style = styles[len(rows) % len(styles)]
-        order = draw_order(rng, menu)
+        order = draw_order(rng, menu, 2 if len(rows) % 5 == 4 else 1)
         prompt = LEAD_IN + write_note(rng, order, style)
         grams = trigrams(prompt)
         if grams in own or without_table(order) in orders or any(near(grams, other) for other in others):

@@ -24,6 +24,7 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
     settings={
         "profile": "laptop",
         "steps": 80,
+        "steps of the control": 40,
         "learning_rate": PROFILES["laptop"].learning_rate,
         "adapter": str(kitchen.ADAPTER),
     },
@@ -34,13 +35,12 @@ def fine_tuned(records: list[dict], seed: int, steps: int):
         greedy_match,
         kitchen.with_shuffled_answers,
     ],
-    data=[f"data/kitchen_tickets/{split}.jsonl" for split in ("train", "validation", "test")],
+    data=[f"data/kitchen_tickets/{split}.jsonl" for split in ("train", "test")],
 )
 def kitchen_finetune(seed: int, steps: int = 80) -> dict:
-    """Held-out exact match after training on true and on shuffled answers."""
+    """Held-out exact match after training on true answers, and on shuffled ones for half as many steps."""
     rows, test = kitchen.tickets("train"), kitchen.tickets("test")
     groups = {
-        "validation": kitchen.tickets("validation"),
         "seen": [row for row in test if row["phrasing"] == "seen"],
         "unseen phrasings": [row for row in test if row["phrasing"] == "unseen" and row["dishes"] == "seen"],
         "unseen phrasings and dishes": [row for row in test if row["dishes"] == "unseen"],
@@ -49,7 +49,7 @@ def kitchen_finetune(seed: int, steps: int = 80) -> dict:
     figures = {"first_losses": history.losses[:5], "last_loss": mean(history.losses[-5:])}
     figures |= {name: mean(greedy_match(model, tokenizer, group)) for name, group in groups.items()}
     print(f"seed {seed}: {figures}", flush=True)
-    model, tokenizer, history = fine_tuned(kitchen.with_shuffled_answers(rows, seed), seed, steps)
+    model, tokenizer, history = fine_tuned(kitchen.with_shuffled_answers(rows, seed), seed, steps // 2)
     figures["shuffled_last_loss"] = mean(history.losses[-5:])
     figures["shuffled"] = mean(greedy_match(model, tokenizer, groups["seen"]))
     return figures
