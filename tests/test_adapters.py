@@ -430,6 +430,7 @@ def test_one_sft_batch_of_the_embedded_model_has_pefts_and_transformers_loss_and
     from spark_ft.training import sft_loss
 
     model, tokenizer = load_model()
+    torch.manual_seed(0)
     add_adapters(model, AdapterConfig(rank=16, alpha=32))
     g = torch.Generator().manual_seed(0)
     for layer in adapted_layers(model).values():
