@@ -461,6 +461,7 @@ def config(where, **changes):
 def forked(work):
     pid = os.fork()
     if pid == 0:
+        signal.alarm(240)  # should the parent be gone
         try:
             work()
             os._exit(0)
