@@ -205,11 +205,16 @@ def _tokens(batch: Batch) -> int:
     return sum(int(tensor.sum()) for name, tensor in batch.items() if name.endswith("_mask"))
 
 
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
 def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, history: History) -> Iterator[int]:
     """A bar where something redraws it, a line about every tenth of the way where the output is a log."""
     if not (config.progress and accelerator.is_main_process):
         yield from steps
-    elif sys.stdout.isatty() or "ipykernel" in sys.modules:
+    elif sys.stdout.isatty() or _in_notebook():
         bar = tqdm(steps, initial=steps.start, total=steps.stop, file=sys.stdout, unit="step", ncols=80, mininterval=1.0)
         for step in bar:
             yield step
