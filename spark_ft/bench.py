@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
 from spark_ft.data import IGNORE, collate_sft, packed_row, read_records, render
+from spark_ft.messages import quiet_known_messages
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.models import ROOT, load_model
 from spark_ft.training import sft_loss
@@ -221,8 +222,6 @@ def peak_extra_bytes(build: Callable[[], Side], steps: int = 2) -> int:
 
 
 def _start_process() -> None:
-    from spark_ft.lab import quiet_known_messages
-
     quiet_known_messages()
 
 

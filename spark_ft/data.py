@@ -327,7 +327,8 @@ def _room(answer: int, max_length: int) -> int:
     return max_length - answer
 
 
-def _padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[Tensor, Tensor]:
+def padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token lists as one (rows, length) tensor filled up on the right, or left, and the mask (rows, length) of real tokens."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), filler), torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -337,8 +338,8 @@ def _padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[Ten
 
 
 def _stack_sft(rows: list[dict], tokenizer) -> dict[str, Tensor]:
-    ids, mask = _padded([row["ids"] for row in rows], _filler(tokenizer))
-    learned, _ = _padded([row["learned"] for row in rows], 0)
+    ids, mask = padded([row["ids"] for row in rows], _filler(tokenizer))
+    learned, _ = padded([row["learned"] for row in rows], 0)
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(learned.bool(), ids, IGNORE)}
 
 
@@ -346,8 +347,8 @@ def _stack(rows: list[dict], tokenizer) -> dict[str, Tensor]:
     batch = {"row": torch.tensor([row["row"] for row in rows])}
     for field in ("prompt", "chosen", "rejected", "completion"):
         if field in rows[0]:
-            padded = _padded([row[field] for row in rows], _filler(tokenizer), left=field == "prompt")
-            batch[f"{field}_ids"], batch[f"{field}_mask"] = padded
+            both = padded([row[field] for row in rows], _filler(tokenizer), left=field == "prompt")
+            batch[f"{field}_ids"], batch[f"{field}_mask"] = both
     return batch
 
 

@@ -8,10 +8,10 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from spark_ft.data import IGNORE, collate_sft, completion_logps
+from spark_ft.data import IGNORE, collate_sft, completion_logps, padded
 
 
 class Estimate(NamedTuple):
@@ -45,7 +45,7 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids, mask = _left_pad([encoded[i] for i in rows], tokenizer.pad_token_id)
+        ids, mask = padded([encoded[i] for i in rows], tokenizer.pad_token_id, left=True)
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -58,13 +58,6 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens
             answers[i] = text
     model.train(training)
     return answers
-
-
-def _left_pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 def exact_match(outputs: Sequence[str], references: Sequence[str]) -> list[bool]:

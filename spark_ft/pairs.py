@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spark_ft.data import _padded
+from spark_ft.data import padded
 from spark_ft.evaluation import Estimate, wilson_interval
 
 Record = dict[str, Any]
@@ -44,7 +44,7 @@ def sample(
         for start in range(0, len(prompts), batch_size):
             chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
             encoded = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-            ids, mask = _padded(encoded, tokenizer.pad_token_id, left=True)
+            ids, mask = padded(encoded, tokenizer.pad_token_id, left=True)
             out = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),

@@ -127,7 +127,7 @@ def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
                 continue
             empty = False
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"

@@ -94,7 +94,7 @@ class History:
     learning_rates: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)  # before clipping
     seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # tokens computed, padding not counted
+    tokens: list[int] = field(default_factory=list)  # tokens of the step's batch, padding not counted
 
     @property
     def steps(self) -> list[int]:

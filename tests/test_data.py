@@ -92,6 +92,13 @@ def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path, kind, row, fie
     assert mend in str(error.value)
 
 
+def test_a_row_cut_off_in_the_middle_is_named_where_it_ends(tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: malformed JSON at column 15")):
+        read_records(path, "sft")
+
+
 def test_malformed_json_is_named_by_line_and_column(tmp_path):
     path = write(tmp_path / "mine.jsonl", ROW, '{"prompt": "a", "completion": }')
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: malformed JSON at column 31")) as error:

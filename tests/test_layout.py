@@ -61,7 +61,7 @@ def test_peft_and_trl_are_imported_by_the_bench_and_parity_alone():
 
 def test_only_the_commands_look_up_into_lab():
     for path in MODULES:
-        if not name_of(path).startswith(("lab/", "cli.py", "bench.py")):
+        if not name_of(path).startswith(("lab/", "cli.py")):
             up = {name for name in imported(path) if name.startswith(("spark_ft.lab", "spark_ft.cli"))}
             assert not up, f"{name_of(path)} imports {', '.join(up)}; arrows run from lab to the modules"
 

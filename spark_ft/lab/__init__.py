@@ -1,22 +1,10 @@
 """What only the notebooks use: checks, plots, the builder and the runner. Importing it silences two known messages."""
 
-import logging
-import warnings
 from typing import Any
 
+from spark_ft.messages import quiet_known_messages
+
 HEADLINE_TYPE = "application/vnd.spark-ft.headline+json"
-
-
-def quiet_known_messages() -> None:
-    """Filter the two messages that say nothing about your run, and no others.
-
-    bitsandbytes logs that an optional CPU kernel is not installed; PEFT 0.21 reads a flag that transformers 5 renamed.
-    """
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing", category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit")
-    )
-
 
 quiet_known_messages()
 
