@@ -244,7 +244,7 @@ print(
 # %% [markdown]
 # ## 7. Train
 #
-# One call. Watch the loss: it falls fast while the model learns the *form* (braces, keys), then slowly while it learns to copy the right *words*.
+# One call. Watch the loss: it falls fast, then slowly. (How far the *form* alone would take it, braces and keys, the control in section 9 shows.)
 
 # %% tags=["experiment"]
 history = kitchen.fine_tune(model, tokenizer, rows)
@@ -307,7 +307,7 @@ for name, value in field_f1(answers, wanted).items():
     print(f"   {name:<12}{value:.3f}")
 
 # %% [markdown]
-# Read some. The misses teach more than the mean: usually one word of a dish went astray, and the JSON itself is whole.
+# Read some: of each kind the first misses, then one more note. What is wrong with a miss, and could a cook still work from it?
 
 # %% tags=["experiment"]
 for kind, notes, answers in (("seen phrasing", seen, answers_seen), ("unseen phrasing", unseen, answers_unseen)):
