@@ -1,6 +1,9 @@
 """Stored measurements: resumable, atomic, and stale as soon as their code, settings or data change."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -150,3 +153,26 @@ def test_agrees_says_how_near_and_refuses_another_run():
         agrees([1.0, 0.5], [1.0, 0.6])
     with pytest.raises(AssertionError, match="nothing to compare"):
         agrees([], [1.0])
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_are_stored_as_if_in_turn(tmp_path):
+    script = tmp_path / "toys.py"
+    script.write_text(
+        "import os, pathlib, torch\n"
+        "from spark_ft.lab import experiments\n"
+        "experiments.MEASUREMENTS, experiments.known = pathlib.Path(__file__).parent, lambda: experiments.EXPERIMENTS\n"
+        "@experiments.experiment(settings={'rank': 4})\n"
+        "def toy(seed):\n"
+        "    return {'value': 2 * seed, 'parent': os.getppid(), 'threads': torch.get_num_threads()}\n"
+        "if __name__ == '__main__':\n"
+        "    experiments.measure(toy, jobs=2)\n"
+        "    assert 'OMP_NUM_THREADS' not in os.environ\n"
+        "    print(os.getpid())\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    stored = json.loads((tmp_path / "toy.json").read_text())["runs"]
+    assert [(run["seed"], run["figures"]["value"], run["threads"]) for run in stored] == [(0, 0, 1), (1, 2, 1), (2, 4, 1)]
+    assert {run["figures"]["parent"] for run in stored} == {int(ended.stdout.split()[-1])}

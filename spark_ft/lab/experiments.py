@@ -2,6 +2,7 @@
 
     python -m spark_ft.lab.experiments              every experiment; a seed that is stored already is not run again
     python -m spark_ft.lab.experiments lora_rank    one
+    python -m spark_ft.lab.experiments --jobs 2     seeds side by side, a process of one thread each: more seeds an hour
 
 They stand in `spark_ft/lab/studies/lab_3_1_N.py`, a module per lab, and write `data/measurements/NAME.json`.
 """
@@ -19,9 +20,11 @@ import platform
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +153,56 @@ def known() -> dict[str, Experiment]:
     return EXPERIMENTS
 
 
-def measure(experiment: Experiment) -> Measurement:
-    """Run the seeds that are not stored yet, storing each as it ends; figures of other code are dropped."""
+def measure(experiment: Experiment, jobs: int = 1) -> Measurement:
+    """Run the seeds that are not stored yet, storing each as it ends; figures of other code are dropped.
+
+    Args:
+        jobs: seeds to run at a time; more than one are processes of one thread each.
+    """
     path = MEASUREMENTS / f"{experiment.name}.json"
     stored = load(experiment.name) if path.is_file() else {}
     runs = stored["runs"] if stored.get("hash") == experiment.hash else []
     result = Measurement(experiment=experiment.name, hash=experiment.hash, settings=experiment.settings, runs=runs)
-    for seed in experiment.seeds:
-        if any(run["seed"] == seed for run in runs):
-            continue
-        started = time.perf_counter()
-        runs.append({"seed": seed, "figures": experiment(seed), **_origin()})
-        if experiment.hash != result["hash"]:
-            raise RuntimeError(f"{experiment.name}: code, settings or data changed while seed {seed} ran; run it again")
+    missing = [seed for seed in experiment.seeds if all(run["seed"] != seed for run in runs)]
+    for hash_now, run, seconds in _in_turn(experiment, missing) if jobs == 1 else _side_by_side(experiment, missing, jobs):
+        if hash_now != result["hash"]:
+            raise RuntimeError(f"{experiment.name}: code, settings or data changed while seed {run['seed']} ran; run it again")
+        runs.append(run)
         runs.sort(key=lambda run: run["seed"])
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1) + "\n"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-        print(f"{experiment.name}: seed {seed} stored after {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{experiment.name}: seed {run['seed']} stored after {seconds:.0f} s", flush=True)
     return result
+
+
+Ran = tuple[str, dict[str, Any], float]  # the experiment's hash after the run, the run, its seconds
+
+
+def _in_turn(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Ran]:
+    for seed in seeds:
+        started = time.perf_counter()
+        run = {"seed": seed, "figures": experiment(seed), **_origin()}
+        yield experiment.hash, run, time.perf_counter() - started
+
+
+def _side_by_side(experiment: Experiment, seeds: Sequence[int], jobs: int) -> Iterator[Ran]:
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # read when a process starts; else threads fight
+    before = {name: os.environ.get(name) for name in one_thread}
+    os.environ.update(one_thread)
+    try:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            runs = [pool.submit(_one_seed, experiment.name, seed) for seed in seeds]
+            for run in as_completed(runs):
+                yield run.result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _one_seed(name: str, seed: int) -> Ran:
+    torch.set_num_threads(1)
+    return next(_in_turn(known()[name], [seed]))
 
 
 def _origin() -> dict[str, Any]:
@@ -192,14 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m spark_ft.lab.experiments", description="Measure and store.")
     parser.add_argument("names", nargs="*", help="experiments to run; default: all")
-    chosen = parser.parse_args(arguments).names
-    found = known()
+    parser.add_argument("--jobs", type=int, default=1, help="seeds to run at a time, a process of one thread each (1)")
+    options = parser.parse_args(arguments)
+    chosen, found = options.names, known()
     if unknown := set(chosen) - set(found):
         parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {', '.join(found) or 'none'}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("SPARK_FT_PROFILE", "laptop")
     for name in chosen or found:
-        measure(found[name])
+        measure(found[name], options.jobs)
     return 0
 
 
