@@ -51,3 +51,47 @@ def lora_against_peft(
         "merged weight": (ours.base.weight.detach(), theirs.get_base_layer().weight.detach()),
     }
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
+
+
+def dora_against_peft(
+    layer_type: type[nn.Module], merged: Callable[[nn.Module], Tensor], rank: int = 8, alpha: float = 24.0
+) -> dict[str, float]:
+    """A DoRA layer against PEFT's on the same W, A, B, magnitude and x: relative differences of all that it computes.
+
+    Args:
+        layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B, magnitude and base.
+        merged: the layer's merged weight.
+
+    Returns:
+        differences of the output, the gradients of x, A, B and the magnitude, and the merged weight.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    theirs_model = nn.Sequential(nn.Linear(96, 64))
+    base = copy.deepcopy(theirs_model[0])
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"], use_dora=True)
+    theirs = get_peft_model(theirs_model, config).base_model.model[0]
+    ours = layer_type(base, rank, alpha, 0.0)
+    their_A, their_B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    their_magnitude = theirs.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        their_B.normal_(std=0.1)
+        their_magnitude.mul_(0.5 + torch.rand_like(their_magnitude))
+        ours.lora_A.copy_(their_A)
+        ours.lora_B.copy_(their_B)
+        ours.magnitude.copy_(their_magnitude)
+    x, slope = torch.randn(2, 5, 96), torch.randn(2, 5, 64)
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = ours(x_ours), theirs(x_theirs)
+    out.backward(slope)
+    expected.backward(slope)
+    theirs.merge()
+    pairs = {
+        "output": (out.detach(), expected.detach()),
+        "gradient of x": (x_ours.grad, x_theirs.grad),
+        "gradient of A": (ours.lora_A.grad, their_A.grad),
+        "gradient of B": (ours.lora_B.grad, their_B.grad),
+        "gradient of the magnitude": (ours.magnitude.grad, their_magnitude.grad),
+        "merged weight": (merged(ours).detach(), theirs.get_base_layer().weight.detach()),
+    }
+    return {name: relative_difference(*pair) for name, pair in pairs.items()}
