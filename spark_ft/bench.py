@@ -3,20 +3,23 @@
 A row builds the same step twice, ours and theirs, on the same weights and the same data. Before anything is timed, both
 sides' loss and gradient must be equal. Then the sides take turns, and what is reported is the median of the pairwise
 ratios: whatever slows the machine for a while slows both halves of a pair. Memory is measured in a process of its own.
-A later row is one more `Row` in ROWS.
+One row trains nothing: it reads records, and what must be equal first are the rows. A later row is one more `Row` in ROWS.
 """
 
 import argparse
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
-from spark_ft.data import IGNORE, collate_sft, packed_row, read_records, render
+from spark_ft.data import IGNORE, collate_sft, iter_records, packed_row, read_records, render, write_records
 from spark_ft.messages import quiet_known_messages
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.models import ROOT, load_model
@@ -66,6 +69,7 @@ class Row:
         ours, theirs: module-level functions (another process imports them by name) that build a side, the same each time.
         work: floating-point operations of one step, and its matrix products' shapes, called after ours is built.
         repeats: steps in one timing, for steps that are too short to time alone.
+        records: rows that one step reads, where it reads and does not train.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Row:
     theirs: Callable[[], Side]
     work: Callable[[], tuple[int, Gemms]]
     repeats: int = 1
+    records: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Result:
     theirs_extra_bytes: int
     step_flops: int
     gemm_gflops: float
+    records: int = 0
 
     @property
     def ratios(self) -> list[float]:
@@ -139,6 +145,7 @@ def compare(row: Row, pairs: int = 7) -> Result:
         *extra,
         flops,
         rate.gflops,
+        row.records,
     )
 
 
@@ -187,7 +194,7 @@ class GemmRate:
     @property
     def gflops(self) -> float:
         flops = sum(2 * m * k * n * count for (m, k, n), count in self.gemms.items())
-        return flops / sum(self.best[shape] * count for shape, count in self.gemms.items()) / 1e9
+        return flops / sum(self.best[shape] * count for shape, count in self.gemms.items()) / 1e9 if flops else 0.0
 
 
 def _device() -> str:
@@ -509,6 +516,48 @@ def _large_theirs() -> Side:
     return _layer_theirs(2048, 2048)
 
 
+# ── row: a million records read one by one, each checked, against `datasets` ────────────────────────────────────────────
+# Theirs streams the same file and checks no field. The "loss" is the number of rows and the "gradient" the bytes of their
+# SHA-256, so that a single row that differs stops the bench.
+
+READ_ROWS = 1_000_000
+
+
+def _reading(open_rows: Callable[[Path], Callable[[], Iterator[dict]]], count: int) -> Side:
+    folder = Path(tempfile.mkdtemp(prefix="spark-ft-bench-"))
+    path = folder / "rows.jsonl"
+    ticket = '{"table":%d,"items":[{"qty":2,"dish":"leek soup","how":"medium","no":"cream"}]}'
+    made = (
+        {"prompt": f"Kitchen ticket as JSON:\nOrder {i}: two leek soups, medium, no cream.", "completion": ticket % (i % 40)}
+        for i in range(count)
+    )
+    write_records(path, made)
+    rows = open_rows(path)
+
+    def step() -> int:
+        return sum(1 for _ in rows())
+
+    def count_and_digest() -> tuple[float, dict[str, Tensor]]:
+        number, digest = 0, hashlib.sha256()
+        for row in rows():
+            number += 1
+            digest.update(json.dumps(row, sort_keys=True).encode())
+        return float(number), {"the rows": torch.tensor([*digest.digest()], dtype=torch.float64)}
+
+    weakref.finalize(step, shutil.rmtree, folder)
+    return Side(step, count_and_digest)
+
+
+def _read_ours(count: int = READ_ROWS) -> Side:
+    return _reading(lambda path: lambda: iter_records(path, "sft"), count)
+
+
+def _read_theirs(count: int = READ_ROWS) -> Side:
+    from datasets import load_dataset
+
+    return _reading(lambda path: load_dataset("json", data_files=str(path), split="train", streaming=True).__iter__, count)
+
+
 ROWS = {
     row.name: row
     for row in (
@@ -535,6 +584,14 @@ ROWS = {
             lambda: _layer_work(2048, 2048),
             repeats=10,
         ),
+        Row(
+            "read-records",
+            f"{READ_ROWS:,} rows of a JSONL file read one by one, each checked; theirs datasets, streaming, which checks none",
+            _read_ours,
+            _read_theirs,
+            lambda: (0, {}),
+            records=READ_ROWS,
+        ),
     )
 }
 
@@ -550,7 +607,7 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets")},
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -568,19 +625,25 @@ def table(results: Sequence[Result], where: dict[str, object]) -> str:
             f"**{median(r.ratios):.2f}** ({min(r.ratios):.2f}–{max(r.ratios):.2f})",
             _megabytes(r.ours_extra_bytes),
             _megabytes(r.theirs_extra_bytes),
-            f"**{r.theirs_extra_bytes / r.ours_extra_bytes:.2f}**" if r.ours_extra_bytes > 0 else "–",
-            f"{r.gflops:.0f}",
-            f"{r.gflops / r.gemm_gflops:.0%} of {r.gemm_gflops:.0f}",
+            f"**{r.theirs_extra_bytes / r.ours_extra_bytes:.2f}**" if r.ours_extra_bytes > 1e6 else "–",
+            f"{r.gflops:.0f}" if r.step_flops else "–",
+            f"{r.gflops / r.gemm_gflops:.0%} of {r.gemm_gflops:.0f}" if r.step_flops else "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {r.row}: {r.says}. Equal first: loss to {r.loss_difference:.0e}, gradient to "
-                    f"{r.gradient_difference:.0e}; {len(r.ratios)} pairs." for r in results)]  # fmt: skip
+    lines += ["", *(f"- {r.row}: {r.says}. {_equality(r)}; {len(r.ratios)} pairs." for r in results)]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines.append(
         f"\n{where['device']}, {where['cores']} cores, {where['threads']} threads, load {where['load_average']} at the start, "
         f"fp32, {versions}, {where['date']}. MB = 10⁶ bytes."
     )
     return "\n".join(lines)
+
+
+def _equality(r: Result) -> str:
+    if r.records:
+        rates = (r.records / median(seconds) for seconds in (r.ours_seconds, r.theirs_seconds))
+        return "Equal first: every row; ours {:,.0f} rows a second, theirs {:,.0f}".format(*rates)
+    return f"Equal first: loss to {r.loss_difference:.0e}, gradient to {r.gradient_difference:.0e}"
 
 
 def _time(seconds: float) -> str:
@@ -595,7 +658,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure the rows, print the table, and write the measurements where `--json` says."""
     parser = argparse.ArgumentParser(
         prog="spark-ft bench",
-        description="Time and memory of training steps beside PEFT's and TRL's, after checking that both compute the same.",
+        description="Time and memory of a step beside PEFT's, TRL's or datasets', after checking that both do the same.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="rows:\n" + "\n".join(f"  {row.name:<16} {row.says}" for row in ROWS.values()),
     )

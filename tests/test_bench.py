@@ -1,8 +1,11 @@
 """The bench harness on toy rows: what it refuses, what it computes and how it reports. Nothing here asserts a time."""
 
 import dataclasses
+import gc
 import json
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spark_ft import bench
 from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.bench import Result, Row, Side, check_equal, compare, peak_extra_bytes, step_flops, step_gemms, table
+from spark_ft.data import read_records
 from spark_ft.training import sft_loss
 
 calls: list[str] = []
@@ -153,6 +157,13 @@ class TestReport:
         assert "- toy: a toy step. Equal first: loss to 1e-08, gradient to 2e-07; 3 pairs." in lines
         assert lines[-1].startswith("CPU, 2 cores, 1 threads, load 0.1 at the start, fp32, torch 2.13, 2026-11-23")
 
+    def test_a_row_that_reads_is_reported_by_its_rows_a_second(self):
+        reads = dataclasses.replace(RESULT, step_flops=0, gemm_gflops=0.0, records=1_000_000, ours_extra_bytes=24_576)
+        lines = table([reads], WHERE).splitlines()
+        assert lines[2].endswith("| 0 MB | 150 MB | – | – | – |"), "a ratio to next to nothing says nothing"
+        assert {line.count("|") for line in lines[:3]} == {10}
+        assert "- toy: a toy step. Equal first: every row; ours 500,000 rows a second, theirs 200,000; 3 pairs." in lines
+
     def test_json_holds_every_measurement(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(bench, "ROWS", {"toy": ROW})
         monkeypatch.setattr(bench, "compare", lambda row, pairs: RESULT)
@@ -190,3 +201,29 @@ def test_a_lora_layer_scaled_wrongly_is_caught():
     wrong = bench._layer_side(layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B}, x)
     with pytest.raises(ValueError, match="differ"):
         check_equal("lora-layer", wrong, bench._layer_theirs(64, 96))
+
+
+def test_reading_sides_give_the_same_rows_and_take_their_file_away():
+    ours, theirs = bench._read_ours(300), bench._read_theirs(300)
+    assert check_equal("read-records", ours, theirs) == (0.0, 0.0)
+    assert ours.step() == theirs.step() == 300
+    folders = set(Path(tempfile.gettempdir()).glob("spark-ft-bench-*"))
+    del ours, theirs
+    gc.collect()
+    assert len(folders - set(Path(tempfile.gettempdir()).glob("spark-ft-bench-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda rows: rows[:-1], lambda rows: [rows[1], rows[0], *rows[2:]], lambda rows: [*rows[:-1], {**rows[-1], "x": 1}]],
+)
+def test_a_reader_that_loses_moves_or_changes_a_row_is_caught(spoil):
+    wrong = bench._reading(lambda path: lambda: iter(spoil(read_records(path, "sft"))), 300)
+    with pytest.raises(ValueError, match="differ by"):
+        check_equal("read-records", wrong, bench._read_ours(300))
+
+
+def test_a_row_without_matrix_products_can_be_compared(monkeypatch):
+    monkeypatch.setattr(bench, "peak_extra_bytes", lambda build: 0)
+    result = compare(dataclasses.replace(ROW, work=lambda: (0, {}), records=7), pairs=1)
+    assert (result.gemm_gflops, result.records) == (0.0, 7)
