@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,13 @@ def test_the_generator_reproduces_its_files_and_notices_a_change(name, tmp_path)
     result = run(data / name, "--check")
     assert result.returncode == 1
     assert made[-1].name in result.stderr
+
+
+def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_plan():
+    generator = runpy.run_path(str(DATA / "kitchen_preferences/generate.py"))
+    core = cores.read_cores("test")[0]
+    counts = [generator["cells"](generator["pairs"](core, plan)) for plan in generator["plans"](core)]
+    assert {type(weight) for count in counts for weight in count.values()} == {int}
 
 
 # --- kitchen_preferences --------------------------------------------------------------------------------------------

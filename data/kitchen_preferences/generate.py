@@ -10,6 +10,8 @@ difference, and the wording that was written with this question in mind is chose
 import random
 import re
 import sys
+from collections import Counter
+from functools import cache
 from typing import NamedTuple
 
 from cores import HERE, Core, imperial, jsonl, metric, read_cores, write_or_check
@@ -45,52 +47,52 @@ def pieces(text: str) -> int:
     return len(re.findall(r" (?=[\d½⅓⅔¼¾⅛⅜⅝⅞⅙])|\d|[^\W\d]+|[^\w\s]", text)) + 2 * len(re.findall("[⅓⅔⅛⅜⅝⅞⅙]", text))
 
 
-def cells(rows: list[dict]) -> list[tuple[tuple, float]]:
-    """Where a pair counts, and how: +1 if chosen is longer and -1 if shorter, by difference and by length."""
-    found: list[tuple[tuple, float]] = []
+def cells(rows: list[dict]) -> Counter:
+    """Where the pairs count, and how: by sign and size of the difference, at every difference and length.
+
+    In whole numbers: Python 3.12 adds floats up otherwise than 3.11, and a tie would be broken otherwise.
+    """
+    found: Counter = Counter()
     for row in rows:
-        for unit, size, scale in (("characters", len, 1.0), ("pieces", pieces, 4.0)):
+        for unit, size, scale in (("characters", len, 1), ("pieces", pieces, 4)):
             a, b = size(row["chosen"]), size(row["rejected"])
-            difference, sign = (a - b) * scale, (a > b) - (a < b)
-            found.append(((unit, "all"), 2 * sign))
-            found.append(((unit, "sum"), difference / 30))
-            found.append(((unit, "difference", min(int(abs(difference)) // 6, 5)), sign))
-            found += [((unit, "length", width, int((a + b) * scale) // width), sign) for width in (20, 50)]
+            difference, sign = (a - b) * scale, 30 * ((a > b) - (a < b))
+            found[unit, "all"] += 2 * sign
+            found[unit, "sum"] += difference
+            found[unit, "difference", min(abs(difference) // 6, 5)] += sign
+            for width in (20, 50):
+                found[unit, "length", width, (a + b) * scale // width] += sign
     return found
 
 
 def planned(split: str) -> list[tuple[Core, Plan]]:
-    """Each core with its plan, changed one core at a time for as long as that helps the balance."""
+    """Each core with its plan, changed one core at a time for as long as that brings down the sum of all cells' squares."""
     rng = random.Random(SEED)
     cores = read_cores(split)
     rng.shuffle(cores)
     options = [plans(core) for core in cores]
-    weights = [
-        [cells(pairs(core, plan)) + [("place", (plan.rejected == 0) - (plan.chosen == 0))] * 2 for plan in each]
-        for core, each in zip(cores, options, strict=True)
-    ]
+    weights = [[cells(pairs(core, plan)) for plan in each] for core, each in zip(cores, options, strict=True)]
+    for each, counts in zip(options, weights, strict=True):
+        for plan, count in zip(each, counts, strict=True):
+            count["place"] = 60 * ((plan.rejected == 0) - (plan.chosen == 0))
     current = [rng.randrange(len(each)) for each in options]
-    tally: dict = {}
+    tally = Counter()
+    for core, option in enumerate(current):
+        tally.update(weights[core][option])
 
-    def count(core: int, sign: int) -> None:
-        for cell, weight in weights[core][current[core]]:
-            tally[cell] = tally.get(cell, 0.0) + sign * weight
+    @cache
+    def change(core: int, old: int, new: int) -> list[tuple[tuple, int]]:
+        before, after = weights[core][old], weights[core][new]
+        return [(cell, step) for cell in before.keys() | after.keys() if (step := after[cell] - before[cell])]
 
-    def imbalance() -> float:
-        return sum(value * value for value in tally.values())
-
-    for core in range(len(cores)):
-        count(core, 1)
     for _ in range(300 * len(cores)):
-        core, before = rng.randrange(len(cores)), imbalance()
-        old = current[core]
-        count(core, -1)
-        current[core] = rng.randrange(len(options[core]))
-        count(core, 1)
-        if imbalance() > before:
-            count(core, -1)
-            current[core] = old
-            count(core, 1)
+        core = rng.randrange(len(cores))
+        new = rng.randrange(len(options[core]))
+        steps = change(core, current[core], new)
+        if sum(step * (2 * tally[cell] + step) for cell, step in steps) <= 0:
+            current[core] = new
+            for cell, step in steps:
+                tally[cell] += step
     return [(core, each[option]) for core, each, option in zip(cores, options, current, strict=True)]
 
 
