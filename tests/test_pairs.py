@@ -86,17 +86,18 @@ def test_length_can_be_counted_in_tokens_or_words():
 
 def test_sampling_the_embedded_model_is_seeded_and_ends_its_answers(embedded):
     model, tokenizer = embedded
-    prompts, settings = ["Say hello.", "Name one fruit."], {"n": 2, "temperature": 1.0, "max_new_tokens": 24}
+    prompts, settings = ["Hello", "Hi"], {"n": 4, "temperature": 0.7, "max_new_tokens": 12}  # answered in ten tokens, mostly
     state = torch.get_rng_state()
     answers = sample(model, tokenizer, prompts, **settings, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(answers) == 2
-    assert all(len(drawn) <= 2 for drawn in answers)
+    assert all(len(drawn) <= 4 for drawn in answers)
     texts = [text for drawn in answers for text in drawn]
-    assert all("<|im_" not in text and len(tokenizer(text).input_ids) < 24 for text in texts)
+    assert texts
+    assert all("<|im_" not in text and len(tokenizer(text).input_ids) < 12 for text in texts)
     assert sample(model, tokenizer, prompts, **settings, seed=1) == answers
     assert sample(model, tokenizer, prompts, **settings, seed=2) != answers
-    longest = max(map(len, texts), default=0)
+    longest = max(map(len, texts))
     pairs = judged_pairs(prompts, answers, lambda text: len(text) < longest)
     if pairs:
         check_records(pairs, "preference")
