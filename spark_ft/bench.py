@@ -7,7 +7,6 @@ One row trains nothing: it reads records, and what must be equal first are the r
 """
 
 import argparse
-import ctypes
 import gc
 import hashlib
 import json
@@ -16,7 +15,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +26,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
 from spark_ft.data import IGNORE, collate_sft, iter_records, packed_row, read_records, render, write_records
+from spark_ft.machine import measure
 from spark_ft.messages import quiet_known_messages
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.models import ROOT, load_model
@@ -238,46 +236,10 @@ def _peak_of_steps(build: Callable[[], Side], steps: int, threads: int) -> int:
     once = torch.randn(2048, 2048, device=_device(), requires_grad=True)
     (once @ once).sum().backward()  # libraries make their workspaces at the first matrix product and keep them
     del once
-    gc.collect()
-    if torch.cuda.is_available():
-        rest = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    with measure() as memory:
         for _ in range(steps):
             side.step()
-        return torch.cuda.max_memory_allocated() - rest
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # freed set-up memory that the steps would use again is not theirs
-    peak = _PeakResident()
-    for _ in range(steps):
-        side.step()
-    return peak.stop() - peak.rest
-
-
-class _PeakResident:
-    """This process's peak resident bytes from now on: the kernel's own high-water mark on Linux, else sampled every ms."""
-
-    def __init__(self):
-        self.rest = self.peak = psutil.Process().memory_info().rss
-        self._done = threading.Event()
-        self._sampler = None
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident (man 5 proc)
-        except OSError:
-            self._sampler = threading.Thread(target=self._sample, daemon=True)
-            self._sampler.start()
-
-    def _sample(self) -> None:
-        process = psutil.Process()
-        while not self._done.wait(0.001):
-            self.peak = max(self.peak, process.memory_info().rss)
-
-    def stop(self) -> int:
-        if self._sampler is None:
-            mark = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-            return int(mark.split()[1]) * 1024
-        self._done.set()
-        self._sampler.join()
-        return self.peak
+    return memory.extra
 
 
 # ── counting a step's work ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,233 @@
+"""The machine's memory: what there is, unified memory too, and what a block of code took. GiB is 2³⁰ bytes."""
+
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+GIB = 2**30
+# What is left alone. On unified memory an overrun freezes the machine instead of raising, so 8 GiB; elsewhere it is for what
+# allocators round up.
+RESERVE = {"unified": 8 * GIB, "cpu": GIB // 2, "cuda": GIB // 2}
+
+
+# ── what there is ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a device has, in bytes; None where it is unknown.
+
+    Attributes:
+        device: "cpu", "cuda:0", or a name.
+        unified: processor and GPU share one memory.
+        total: all of it, as the system sees it.
+        free: what could be taken now.
+        reserve: what should stay untouched.
+        available: free − reserve, what a run may plan with.
+    """
+
+    device: str
+    unified: bool
+    total: int | None
+    free: int | None
+    reserve: int
+
+    @property
+    def available(self) -> int | None:
+        return None if self.free is None else max(0, self.free - self.reserve)
+
+    def __str__(self) -> str:
+        kind = " (one memory for processor and GPU)" if self.unified else ""
+        return (
+            f"{self.device}{kind}: {_gib(self.available)} available = {_gib(self.free)} free of {_gib(self.total)}, "
+            f"less {_gib(self.reserve)} in reserve"
+        )
+
+
+# 119.7 GiB is what the system of a GB10 reported (github.com/leptonai/gpud/pull/1170); others report up to 121.7.
+DGX_SPARK = MemoryBudget("DGX Spark", True, 128_501_256_192, 128_501_256_192, RESERVE["unified"])
+
+
+def budget(device: str | torch.device | None = None, reserve: int | None = None) -> MemoryBudget:
+    """Read how much memory a run may take on a device; unknown is None, never 0.
+
+        CPU             free = min(MemAvailable, room under the container's limit)
+        discrete GPU    free = what the driver calls free + what torch has cached
+        unified GPU     free = max(that, MemAvailable)
+
+    A unified GPU is known by `is_integrated`, not by its name. There the driver's "free" is the kernel's MemFree, which counts
+    the page cache as used although it is given back on demand; and a container's limit does not hold CUDA memory.
+
+    Args:
+        device: default CUDA where there is one, else the CPU.
+        reserve: bytes to leave alone; default `RESERVE`'s for this kind of device.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    system = _system_memory()
+    if device.type == "cpu":
+        total, free = (_least(a, b) for a, b in zip(system, _container_memory(), strict=True))
+        return MemoryBudget("cpu", False, total, free, RESERVE["cpu"] if reserve is None else reserve)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total, free = _cuda_memory(index)
+    unified = bool(torch.cuda.get_device_properties(index).is_integrated)
+    if unified:
+        total = system[0]
+        free = max((x for x in (free, system[1]) if x is not None), default=None)
+    kept = RESERVE["unified" if unified else "cuda"] if reserve is None else reserve
+    return MemoryBudget(f"cuda:{index}", unified, total, free, kept)
+
+
+def _gib(size: int | None) -> str:
+    return "an unknown amount" if size is None else f"{size / GIB:.1f} GiB"
+
+
+def _least(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _system_memory() -> tuple[int | None, int | None]:
+    """(total, available); on Linux MemTotal and MemAvailable."""
+    try:
+        memory = psutil.virtual_memory()
+    except (OSError, psutil.Error, NotImplementedError):
+        return None, None
+    return memory.total, memory.available
+
+
+def _cuda_memory(index: int) -> tuple[int | None, int | None]:
+    """(total, free), where torch's cache of freed blocks counts as free."""
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError:  # not every virtual GPU tells
+        return None, None
+    return total, free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+
+
+_ROOT = Path("/")
+# version 2, version 1: where it is mounted, its limit, its use, and the page cache in that use which goes when room is needed
+_CGROUPS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _container_memory() -> tuple[int | None, int | None]:
+    """(limit, room left) under the tightest memory limit of this process's control groups; None where there is none."""
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None, None
+    limits, rooms = [], []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit_file, use_file, cache = _CGROUPS[bool(controllers)]
+        # a parent's limit holds too; and inside a container the path may be the host's, and only the mount itself be there
+        for group in (Path(path.lstrip("/")), *Path(path.lstrip("/")).parents):
+            folder = _ROOT / mount / group
+            try:
+                limit, used = int((folder / limit_file).read_text()), int((folder / use_file).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max": no limit
+                continue
+            limits.append(limit)
+            rooms.append(max(0, limit - used + int(stat.get(cache, 0))))
+    return min(limits, default=None), min(rooms, default=None)
+
+
+# ── what a block took ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Peak:
+    """What `measure` found, in bytes; complete once its block has ended.
+
+    Attributes:
+        start: what was held when the block began.
+        peak: the most that was held at once in it.
+        extra: peak − start.
+    """
+
+    start: int
+    peak: int
+
+    @property
+    def extra(self) -> int:
+        return self.peak - self.start
+
+
+@contextmanager
+def measure(device: str | torch.device | None = None, anonymous: bool = False) -> Iterator[Peak]:
+    """Measure the most memory that a block of code holds at once: `with measure() as memory: …`, then `memory.extra`.
+
+    On CUDA it is what torch allocates on the device. On CPU it is this process's resident memory: the kernel's own high-water
+    mark where it lets us reset it (Linux), else sampled every millisecond.
+
+    Args:
+        device: default CUDA where there is one, else the CPU.
+        anonymous: on CPU, count only memory that is no file's (RssAnon), sampled: what was read from a mapped file is
+            left out, since the system can drop it at any time.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gc.collect()
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # memory freed earlier and kept by the allocator would be used again without being counted
+    memory = Peak(*[held(device, anonymous)] * 2)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield memory
+        memory.peak = torch.cuda.max_memory_allocated(device)
+    elif not anonymous and _reset_high_water_mark():
+        yield memory
+        memory.peak = max(memory.start, _high_water_mark())
+    else:
+        with _sampled(memory, device, anonymous):
+            yield memory
+
+
+@contextmanager
+def _sampled(memory: Peak, device: torch.device, anonymous: bool) -> Iterator[None]:
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            memory.peak = max(memory.peak, held(device, anonymous))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield
+        memory.peak = max(memory.peak, held(device, anonymous))
+    finally:
+        done.set()
+        sampler.join()
+
+
+def held(device: torch.device, anonymous: bool = False) -> int:
+    """Bytes that this process holds now: allocated by torch on CUDA, resident on CPU (`anonymous`: what is no file's)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    return memory.rss - (getattr(memory, "shared", 0) if anonymous else 0)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: sets VmHWM back to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
