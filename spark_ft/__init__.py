@@ -9,6 +9,7 @@ from spark_ft.version import __version__
 
 _HOME = {
     "methods.lora": ("LoRALinear",),
+    "methods.dora": ("DoRALinear",),
     "methods.logprobs": ("token_logps", "chunked_logps"),
     "adapters": (
         "AdapterConfig",

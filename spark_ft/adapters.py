@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spark_ft.methods.dora import DoRALinear
 from spark_ft.methods.lora import LoRALinear
 
-METHODS = {"lora": LoRALinear}
+METHODS = {"lora": LoRALinear, "dora": DoRALinear}
 ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model."  # PEFT's name for "the model that I wrap"
 
@@ -26,7 +27,7 @@ class AdapterConfig:
     """What to adapt and how; the fields are those of `LoRALinear`.
 
     Args:
-        method: "lora".
+        method: "lora" or "dora".
         rank, alpha, dropout, rslora: see `LoRALinear`.
         targets: "all-linear" (every linear layer but the output head), or names: a whole path, or its end after a dot,
             as in ("q_proj", "v_proj").
@@ -233,7 +234,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def _adapter_tensors(layer: LoRALinear) -> dict[str, nn.Parameter]:
     """A layer's own parameters under PEFT's names; DoRA's magnitude is a bare parameter there too, without `.weight`."""
-    return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    tensors = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    return {**tensors, "lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else tensors
 
 
 def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
@@ -285,9 +287,6 @@ def _refuse_unsupported(fields: dict, config_file: Path) -> None:
             raise ValueError(
                 f'{config_file}: "{field}" is {fields[field]!r}, which is not supported here; load this adapter with PEFT'
             )
-    method = "dora" if fields.get("use_dora") else "lora"
-    if method not in METHODS:
-        raise ValueError(f'{config_file}: "use_dora" is true, which this version cannot load; load this adapter with PEFT')
 
 
 def _check_fit(model, existing, by_layer, config, weights_file) -> None:

@@ -67,11 +67,28 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        out = self.base(x)
         sign = self.enabled - self.merged  # merged and disabled at once: take the update out again
         if sign == 0:
-            return out
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training and not self.merged)
+            return self.base(x)
+        if self._drops():
+            out = self.base(x)
+            return self._add_update(out, self._dropped(x)).to(out.dtype)
+        return self._updated(x, sign).to(x.dtype)
+
+    def _drops(self) -> bool:
+        return bool(self.dropout) and self.training and not self.merged
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x.to(self.lora_A.dtype), self.dropout)
+
+    def _updated(self, x: Tensor, sign: int = 1) -> Tensor:
+        """base(x) + sign · scaling · B A x, in the adapter's precision."""
+        base = self.base
+        if type(base) is nn.Linear and x.dtype == base.weight.dtype == self.lora_A.dtype and _untouched(base):
+            return _LowRankLinear.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, sign * self.scaling)
+        return self._add_update(base(x), x.to(self.lora_A.dtype), sign)
+
+    def _add_update(self, out: Tensor, x: Tensor, sign: int = 1) -> Tensor:
         return _AddLowRank.apply(out, x, self.lora_A, self.lora_B, sign * self.scaling)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
@@ -109,28 +126,60 @@ def _add_to(weight: Tensor, delta: Tensor) -> None:
     weight.copy_(weight.to(delta.dtype) + delta)
 
 
+def _untouched(base: nn.Module) -> bool:
+    """Nothing of it trains and nobody watches it: its product may be computed without calling it."""
+    watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return not watched and not any(p.requires_grad for p in base.parameters())
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x Wᵀ + b + scaling · (x Aᵀ) Bᵀ with W and b frozen; keeps x alone, and both gradients of x are one sum."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, scaling):
+        ctx.save_for_backward(x, W, A, B)
+        ctx.scaling = scaling
+        out = F.linear(x, W, b)
+        _rows(out).addmm_(_rows(x) @ A.T, B.T, alpha=scaling)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, W, A, B = ctx.saved_tensors
+        grad2 = _rows(grad)
+        grad_low, grad_A, grad_B = _update_gradients(ctx, grad2, _rows(x), A, B, *ctx.needs_input_grad[3:5])
+        grad_x = (grad2 @ W).addmm_(grad_low, A).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_A, grad_B, None
+
+
 class _AddLowRank(torch.autograd.Function):
-    """out + scaling · (x Aᵀ) Bᵀ, written into `out`; x is all it keeps, and x Aᵀ is computed again in backward."""
+    """out + scaling · (x Aᵀ) Bᵀ in the precision of A, written into `out` where it can be; x is all it keeps."""
 
     @staticmethod
     def forward(ctx, out, x, A, B, scaling):
+        low = _rows(x) @ A.T
         ctx.save_for_backward(x, A, B)
         ctx.scaling = scaling
-        low = _rows(x) @ A.T
         if out.dtype == A.dtype and out.is_contiguous():  # else its rows would be a copy, and the update lost with it
             ctx.mark_dirty(out)
             _rows(out).addmm_(low, B.T, alpha=scaling)
             return out
-        return torch.addmm(_rows(out).to(A.dtype), low, B.T, alpha=scaling).view_as(out).to(out.dtype)
+        return torch.addmm(_rows(out).to(A.dtype), low, B.T, alpha=scaling).view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, A, B = ctx.saved_tensors
-        x2, grad2 = _rows(x), _rows(grad).to(A.dtype)
-        grad_low = (grad2 @ B).mul_(ctx.scaling)
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        grad_x = (grad_low @ A).view_as(x) if needs_x else None
-        grad_A = grad_low.T @ x2 if needs_A else None
-        grad_B = (grad2.T @ (x2 @ A.T)).mul_(ctx.scaling) if needs_B else None
+        grad2 = _rows(grad).to(A.dtype)
+        grad_low, grad_A, grad_B = _update_gradients(ctx, grad2, _rows(x), A, B, *ctx.needs_input_grad[2:4])
+        grad_x = (grad_low @ A).view_as(x) if ctx.needs_input_grad[1] else None
         return grad, grad_x, grad_A, grad_B, None
+
+
+def _update_gradients(ctx, grad, x, A, B, needs_A, needs_B):
+    """Gradients of x Aᵀ, of A and of B; x Aᵀ is computed again, which is cheaper than to keep it."""
+    grad_low = (grad @ B).mul_(ctx.scaling)
+    grad_A = grad_low.T @ x if needs_A else None
+    grad_B = ((x @ A.T).T @ grad).mul_(ctx.scaling).T if needs_B else None  # this way round the product is the faster one
+    return grad_low, grad_A, grad_B
