@@ -27,6 +27,7 @@ from spark_ft.data import (
     with_prompt,
 )
 from spark_ft.formats import GENERATION_TEMPLATE, sft_to_messages, sharegpt_to_messages, to_dataset
+from spark_ft.lab.parity import trl_marks
 from spark_ft.models import ROOT, load_tokenizer
 from spark_ft.records import check_records, iter_records, read_records, write_records
 
@@ -352,34 +353,6 @@ def chats():
     return [sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")]
 
 
-def trl_rows(rows, tokenizer, folder, **settings):
-    """(ids, whether each is learned) of each row, as TRL's own SFT data preparation and collation make them."""
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-    args = SFTConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", max_length=None, disable_tqdm=True, **settings
-    )
-    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    prepared = [trainer.train_dataset[i] for i in range(len(rows))]
-    batch = trainer.data_collator(prepared)
-    return [
-        (ids[mask.bool()].tolist(), (labels != IGNORE)[mask.bool()].tolist())
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
-    ]
-
-
 def ours(rows, tokenizer, learn, max_length=4096):
     """(ids, whether each is learned) of each row, read back from `collate_sft`'s tensors."""
     batch = collate_sft(rows, tokenizer, max_length, learn)
@@ -400,10 +373,10 @@ def test_the_template_with_generation_marks_renders_the_same_text(tokenizer, cha
             assert plain == marked
 
 
-def test_all_answers_equals_trls_assistant_only_marks(tokenizer, chats, tmp_path):
+def test_all_answers_equals_trls_assistant_only_marks(tokenizer, chats):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = GENERATION_TEMPLATE
-    theirs = trl_rows(chats, tokenizer, tmp_path, assistant_only_loss=True)
+    theirs = trl_marks(chats, tokenizer, assistant_only=True)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     for (ids, learned), (their_ids, their_learned) in zip(ours(chats, tokenizer, all_answers), theirs, strict=True):
         assert their_ids == ids + newline, "after the last end of turn the template writes a new line, which we leave out"
@@ -411,23 +384,23 @@ def test_all_answers_equals_trls_assistant_only_marks(tokenizer, chats, tmp_path
     assert sum(sum(learned) for _, learned in theirs) > 3000
 
 
-def test_last_answer_equals_trls_completion_only_marks(tokenizer, chats, tmp_path):
+def test_last_answer_equals_trls_completion_only_marks(tokenizer, chats):
     rendered = [render(chat, tokenizer) for chat in chats]
     texts = [{"prompt": tokenizer.decode(p), "completion": tokenizer.decode(c)} for p, c in rendered]
-    assert list(ours(chats, tokenizer, last_answer)) == trl_rows(texts, tokenizer, tmp_path, completion_only_loss=True)
+    assert list(ours(chats, tokenizer, last_answer)) == trl_marks(texts, tokenizer, completion_only=True)
 
 
-def test_trl_marks_one_new_line_more_when_it_renders_the_chat_itself(tokenizer, chats, tmp_path):
+def test_trl_marks_one_new_line_more_when_it_renders_the_chat_itself(tokenizer, chats):
     split = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats]
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    theirs = trl_rows(split, tokenizer, tmp_path, completion_only_loss=True)
+    theirs = trl_marks(split, tokenizer, completion_only=True)
     for (ids, learned), row in zip(ours(chats, tokenizer, last_answer), theirs, strict=True):
         assert row == (ids + newline, [*learned, True]), "and that one is never generated: the end of turn comes before it"
 
 
-def test_whole_conversation_equals_trls_plain_language_modelling(tokenizer, chats, tmp_path):
+def test_whole_conversation_equals_trls_plain_language_modelling(tokenizer, chats):
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    theirs = trl_rows(chats, tokenizer, tmp_path)
+    theirs = trl_marks(chats, tokenizer)
     for (ids, learned), row in zip(ours(chats, tokenizer, whole_conversation), theirs, strict=True):
         assert row == (ids + newline, [*learned, True])
 

@@ -1,7 +1,9 @@
 """Side by side with PEFT and TRL, on the same weights and inputs; imported by parity cells only, since PEFT takes seconds."""
 
 import copy
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,3 +97,42 @@ def dora_against_peft(
         "merged weight": (merged(ours).detach(), theirs.get_base_layer().weight.detach()),
     }
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
+
+
+def trl_marks(
+    records: list[dict[str, Any]], tokenizer, completion_only: bool = False, assistant_only: bool = False
+) -> list[tuple[list[int], list[bool]]]:
+    """(token ids, whether each is learned) of each row, as TRL's SFT data preparation and collation make them.
+
+    Args:
+        records: rows of messages, or of prompt and completion.
+        tokenizer: its chat template renders the messages; `assistant_only` needs one with {% generation %} marks.
+        completion_only, assistant_only: TRL's settings of these names; neither learns all tokens.
+    """
+    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape))  # it computes nothing
+    config = SFTConfig(
+        output_dir=tempfile.gettempdir(),  # nothing is written: no step is taken
+        completion_only_loss=completion_only,
+        assistant_only_loss=assistant_only,
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
+    finally:
+        if not silent:
+            enable_progress_bars()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(records))])
+    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
+    return [(ids[real].tolist(), (labels[real] != -100).tolist()) for ids, labels, real in rows]
