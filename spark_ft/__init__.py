@@ -10,6 +10,7 @@ from spark_ft.version import __version__
 _HOME = {
     "methods.lora": ("LoRALinear",),
     "methods.dora": ("DoRALinear",),
+    "methods.neftune": ("neftune", "neftune_noise"),
     "methods.logprobs": ("token_logps", "chunked_logps"),
     "adapters": (
         "AdapterConfig",

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spark_ft.methods.logprobs import chunked_logps, token_logps
 from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.neftune import draws_noise
 from spark_ft.methods.packing import Packed, pack
 from spark_ft.models import PACKED
 from spark_ft.records import check_records, find_fault, iter_records, read_records, write_records
@@ -394,10 +395,13 @@ def packed_row(model: nn.Module, batch: dict[str, Tensor]) -> Packed | None:
 
 
 def _draws_random_numbers(model: nn.Module) -> bool:
-    """Dropout is at work, so that equal tokens of two rows are not computed alike."""
-    return model.training and any(
-        module.dropout if isinstance(module, LoRALinear) else isinstance(module, nn.Dropout) and module.p
-        for module in model.modules()
+    """Dropout or NEFTune is at work, so that equal tokens of two rows are not computed alike."""
+    return draws_noise(model) or (
+        model.training
+        and any(
+            module.dropout if isinstance(module, LoRALinear) else isinstance(module, nn.Dropout) and module.p
+            for module in model.modules()
+        )
     )
 
 
