@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
+from spark_ft.cleaning import drop_leaked
 from spark_ft.formats import GENERATION_TEMPLATE, messages_to_sharegpt, sharegpt_to_messages
 from spark_ft.lab.checks import CheckFailed
 from spark_ft.lab.checks import lab_3_1_6 as checks
+from spark_ft.lab.studies import lab_3_1_6 as study
 from spark_ft.models import ROOT, load_tokenizer
 from spark_ft.records import read_records
 
@@ -472,3 +474,25 @@ def test_split_right(capsys):
 )
 def test_split_mutants(mutant, message):
     refuse(checks.check_split, message, mutant)
+
+
+# ── the experiment ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_three_training_sets_differ_in_what_leaked_and_in_nothing_else():
+    for seed in range(5):
+        sets, tests = study.draw(seed)
+        leaked, untouched = tests["leaked rows"], tests["untouched rows"]
+        half = study.SETTINGS["rows"] - study.SETTINGS["leaked"]
+        assert {len(rows) for rows in sets.values()} == {study.SETTINGS["rows"]}
+        assert sets["leaked"][:-half] == leaked
+        assert sets["leaked"][-half:] == sets["clean"][-half:] == sets["wrong tickets"][-half:]
+        assert [row["prompt"] for row in sets["wrong tickets"]] == [row["prompt"] for row in sets["leaked"]]
+        wrong = [row["completion"] for row in sets["wrong tickets"][:-half]]
+        assert sorted(wrong) == sorted(row["completion"] for row in leaked)
+        assert not any(a == row["completion"] for a, row in zip(wrong, leaked, strict=True))
+        trained_on = {row["prompt"] for rows in sets.values() for row in rows}
+        assert not trained_on & {row["prompt"] for row in untouched}
+        assert len(drop_leaked(sets["leaked"], leaked).dropped) == len(leaked)
+        assert not drop_leaked(sets["clean"], leaked + untouched).dropped
+    assert study.draw(0) == study.draw(0) != study.draw(1)
