@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spark_ft.adapters import AdapterConfig, add_adapters
+
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """max |actual − expected| / max |expected|."""
@@ -136,3 +138,42 @@ def trl_marks(
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(records))])
     rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
     return [(ids[real].tolist(), (labels[real] != -100).tolist()) for ids, labels, real in rows]
+
+
+def neftune_against_transformers(
+    noise: Callable[[Tensor, float], Tensor], manager: Callable[[nn.Module, float], Any], alpha: float = 5.0
+) -> dict[str, float]:
+    """NEFTune against transformers' own hook, each time from the same state of the generator: relative differences.
+
+    Args:
+        noise: (embeddings, alpha) → noisy embeddings.
+        manager: (model, alpha) → a context manager in which the model trains on noisy embeddings.
+
+    Returns:
+        differences of the noise, and of a small model's loss and of its adapters' gradient; 0 is bit for bit.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.neftune import activate_neftune, deactivate_neftune, neftune_post_forward_hook
+
+    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=80, num_key_value_heads=2, initializer_range=0.1, **shape))
+    add_adapters(model, AdapterConfig(rank=4)).train()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    ids, embeddings, state = torch.randint(80, (3, 20)), torch.randn(3, 20, 48), torch.get_rng_state()
+
+    def step() -> tuple[Tensor, Tensor]:
+        torch.set_rng_state(state)
+        loss = model(input_ids=ids, labels=ids).loss
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, adapters)])
+
+    hook = activate_neftune(model, alpha)
+    torch.set_rng_state(state)
+    their_noise = neftune_post_forward_hook(model.get_input_embeddings(), None, embeddings) - embeddings
+    their_loss, their_gradient = step()
+    deactivate_neftune(model, hook)
+    torch.set_rng_state(state)
+    our_noise = noise(embeddings, alpha) - embeddings
+    with manager(model, alpha):
+        our_loss, our_gradient = step()
+    pairs = {"noise": (our_noise, their_noise), "loss": (our_loss, their_loss), "gradient": (our_gradient, their_gradient)}
+    return {name: relative_difference(*pair) for name, pair in pairs.items()}

@@ -1,0 +1,335 @@
+"""Checks of lab 3.1.3: each looks at the noise itself, what came out less what went in, and names the mistakes people make."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spark_ft.adapters import AdapterConfig, adapted_layers, adapters_disabled, add_adapters
+from spark_ft.data import sequence_logps
+from spark_ft.lab import parity
+from spark_ft.lab.checks import check, require, require_close
+
+SHAPES = ((6, 25, 64), (2, 60, 24), (3, 9, 200), (1, 1, 4000))  # batch, seq, width; 1,000 numbers or more in a row
+
+
+def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *arguments: Any) -> Tensor:
+    """What the answer added to the embeddings, in float64; raises unless it is a new tensor of the same kind."""
+    given, state = embeddings.clone(), torch.get_rng_state()
+    out = answer(given, *arguments)
+    require(isinstance(out, Tensor), f"{what} gave {type(out).__name__}, not a tensor; is a return missing?")
+    require(
+        out.shape == embeddings.shape, f"{what} gave shape {tuple(out.shape)}, but should give {tuple(embeddings.shape)}"
+    )
+    require(
+        torch.equal(given, embeddings),
+        f"{what} changed the embeddings in place; return a new tensor, embeddings + noise: others hold the old one",
+    )
+    require(
+        out.dtype == embeddings.dtype,
+        f"{what} turned {embeddings.dtype} into {out.dtype}; draw the noise in the embeddings' own type: torch.empty_like",
+    )
+    noise = out.detach().double() - embeddings.double()
+    require(torch.isfinite(noise).all(), f"{what} gave nan or inf; is there a division by zero?")
+    require(
+        not noise.any() or not torch.equal(torch.get_rng_state(), state),
+        f"{what} left torch's generator where it was, so the noise would be the same at every call: no fixed seed, and no "
+        "generator of your own",
+    )
+    return noise
+
+
+def _require_uniform(noise: Tensor, bound: float, what: str, wrong_bounds: dict[str, float]) -> None:
+    """Require noise as from U(−bound, bound); `wrong_bounds`: message → the bound that a known mistake would give."""
+    low, high, spread = noise.min().item(), noise.max().item(), noise.std().item()
+    reach = max(-low, high)
+    require(
+        low < 0 < high,
+        f"{what}: all noise lies on one side of zero, from {low:.3g} to {high:.3g}, so it would push every text the same way; "
+        "draw from −bound to +bound",
+    )
+    # uniform: reach/spread = √3; ±bound alone: 1; a Gaussian's reach grows with the number of draws, over 2.7 here
+    require(
+        reach < 2.3 * spread,
+        f"{what}: that looks Gaussian, it reaches {reach / spread:.1f} times its standard deviation; NEFTune's noise is "
+        "uniform, and none of it exceeds the bound",
+    )
+    require(reach > 1.3 * spread, f"{what}: every number is the bound or minus the bound; draw from all between the two")
+    for message, wrong in wrong_bounds.items():
+        require(not _fits(reach, wrong) or _fits(reach, bound), f"{what}: {message}")
+    require(
+        _fits(reach, bound),
+        f"{what}: the noise reaches {reach:.4g}, but its bound should be α/√(L·d) = {bound:.4g}",
+    )
+
+
+def _fits(reach: float, bound: float) -> bool:
+    return 0.98 * bound < reach < bound * (1 + 1e-4)  # the largest of a thousand draws is within 2% of the bound
+
+
+def _require_different(parts: Tensor, what: str, mistake: str) -> None:
+    """Require the first two parts' noise to differ, beyond the rounding of embeddings + noise − embeddings."""
+    same = len(parts) > 1 and (parts[0] - parts[1]).abs().max() < 1e-3 * parts.abs().max()
+    require(not same, f"{what}: {mistake}; draw it in the embeddings' whole shape")
+
+
+def _require_silent_zero(answer: Callable[..., Tensor], embeddings: Tensor, *arguments: Any) -> None:
+    state = torch.get_rng_state()
+    out = answer(embeddings, 0.0, *arguments)
+    require_close(out, embeddings, "the embeddings at alpha=0, which should be what went in")
+    require(
+        torch.equal(torch.get_rng_state(), state),
+        "alpha=0 draws random numbers: every later draw, dropout's for one, would differ, and the run would not be the "
+        "baseline; return the embeddings before drawing",
+    )
+
+
+@check
+def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
+    """Uniform in ±α/√(L·d), L the batch's padded length."""
+    for (batch, seq, width), alpha in zip(SHAPES, (5.0, 8.0, 15.0, 1.0), strict=True):
+        what = f"the noise for alpha={alpha:g}, batch={batch}, seq={seq}, width={width}"
+        embeddings = torch.randn(batch, seq, width)
+        noise = _noise(answer, embeddings, what, alpha)
+        alone = (noise + embeddings).std() < 0.5  # embeddings of standard deviation 1 went in
+        require(not alone, f"{what}: the embeddings are gone, what came out is noise alone; add it to them")
+        require(noise.any(), f"{what}: there is no noise; what came out is what went in")
+        _require_different(noise, what, "every text got the same noise")
+        _require_different(noise[0], what, "every token of a text got the same noise")
+        bound = alpha / math.sqrt(seq * width)
+        _require_uniform(
+            noise,
+            bound,
+            what,
+            {
+                "√d is missing: a wider model would get more noise; the bound is α/√(L·d)": alpha / math.sqrt(seq),
+                "√L is missing: a longer text would get more noise in all; the bound is α/√(L·d)": alpha / math.sqrt(width),
+                "it is not scaled: alpha itself is the bound": alpha,
+                "the square root is missing: it is scaled by α/(L·d)": alpha / (seq * width),
+                "the batch's size is in it, √(B·L·d): L and d are those of one text": alpha / math.sqrt(batch * seq * width),
+                "it is √(L + d), not √(L·d)": alpha / math.sqrt(seq + width),
+                "alpha is missing": 1 / math.sqrt(seq * width),
+                "alpha is inside the root": math.sqrt(alpha / (seq * width)),
+                "it is half as wide: from −bound/2 to bound/2; the bound is on each side": bound / 2,
+                "α/√3 is the expected *norm* of all of it together, not the bound": bound / math.sqrt(3),
+            },
+        )
+    zeros = _noise(answer, torch.zeros(2, 30, 40), "the noise on embeddings of zero", 5.0)
+    require(zeros.any(), "there is no noise on embeddings of zero: it is multiplied with the embeddings; it should be added")
+    first, second = (_noise(answer, embeddings, what, alpha) for _ in range(2))
+    require(not torch.equal(first, second), "two calls gave the same noise: draw it anew each time, without a fixed seed")
+    _noise(answer, torch.randn(2, 30, 40).bfloat16(), "the noise on bf16 embeddings", 5.0)
+    _require_silent_zero(answer, embeddings)
+    leaf = torch.randn(2, 7, 16, requires_grad=True)
+    out = answer(leaf, 5.0)
+    require(out.requires_grad, "the noisy embeddings carry no gradient: no .detach(), .data or no_grad on the way")
+    out.sum().backward()
+    require_close(leaf.grad, torch.ones_like(leaf), "the gradient of the embeddings, which added noise should leave alone")
+    return "uniform in ±α/√(L·d), fresh at every call, the embeddings untouched, for 4 shapes; alpha=0 draws nothing"
+
+
+@check
+def check_true_length_noise(answer: Callable[[Tensor, float, Tensor], Tensor]) -> str:
+    """Uniform in ±α/√(length·d) on each text's own tokens, zero on padding."""
+    cases: Sequence[tuple[list[int], int, float]] = (([60, 20, 31], 64, 5.0), ([8, 40], 300, 8.0), ([1, 2, 3], 2000, 15.0))
+    for lengths, width, alpha in cases:
+        seq, what = max(lengths) + 3, f"the noise for lengths {lengths}, width {width}, alpha={alpha:g}"
+        embeddings = torch.randn(len(lengths), seq, width)
+        given = torch.tensor(lengths)
+        out = answer(embeddings.clone(), alpha, given)
+        noise = _noise(answer, embeddings, what, alpha, given)
+        require(torch.equal(given, torch.tensor(lengths)), f"{what}: `lengths` was changed")
+        for i, length in enumerate(lengths):
+            row, text = noise[i], f"{what}, text {i + 1}"
+            require(row.any(), f"{text}: there is no noise; what came out is what went in")
+            if row[length:].any():
+                require(out[i, length:].any(), f"{text}: the padding's embeddings were erased, not left alone")
+                require(row[length + 1 :].any(), f"{text}: the first padded position has noise; a text of {length} tokens ends "
+                        f"at index {length - 1}")  # fmt: skip
+                require(False, f"{text}: padding has noise; the noise belongs on the first {length} tokens alone")
+            require(length == 1 or row[length - 1].any(), f"{text}: its last token stays clean; the mask is one too short")
+            bounds = {
+                "its bound is that of the padded length; each text has its own": seq,
+                "its bound is that of the longest text": max(lengths),
+                "its bound is that of the mean length": sum(lengths) / len(lengths),
+                "its bound is that of all texts' tokens together": sum(lengths),
+                "√length is missing": 1,
+                "the square root of the length is missing": length**2,
+            }
+            _require_uniform(
+                row[:length],
+                alpha / math.sqrt(length * width),
+                text,
+                {message: alpha / math.sqrt(tokens * width) for message, tokens in bounds.items()}
+                | {"√d is missing": alpha / math.sqrt(length)},
+            )
+        shortest = min(lengths)
+        level = noise[:, :shortest] * given[:, None, None].double().sqrt()
+        _require_different(level, what, "every text got the same noise but for its size")
+    _require_silent_zero(answer, embeddings, given)
+    return "each text's noise is scaled by its own length, and its padding is clean, for 3 batches"
+
+
+class _Model(nn.Module):
+    """An embedding layer, one for places beside it, and a head; keeps what each of the two gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.places, self.head = nn.Embedding(40, 24), nn.Embedding(16, 24), nn.Linear(24, 5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.words, self.where = self.embed(ids), self.places(torch.arange(ids.shape[1]).expand(ids.shape))
+        return self.head(self.words + self.where)
+
+    def noise(self, ids: Tensor) -> Tensor:
+        """What the embedding layer gave beyond its weight's rows, at one pass."""
+        self(ids)
+        require(isinstance(self.words, Tensor), f"inside the block the embedding layer gives {type(self.words).__name__}")
+        return self.words.detach() - F.embedding(ids, self.embed.weight.detach())
+
+
+@check
+def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextManager]) -> str:
+    """Noise inside the block alone, where the model trains and gradients are on; nothing left behind."""
+    ids, alpha = torch.randint(40, (3, 12)), 5.0
+    bound = alpha / math.sqrt(12 * 24)
+    model = _Model().train()
+    weight = model.embed.weight.detach().clone()
+    manager = answer(model, alpha)
+    require(
+        hasattr(manager, "__enter__") and hasattr(manager, "__exit__"),
+        f"embedding_noise(model, alpha) gives {type(manager).__name__}, which `with` cannot use: put @contextmanager above it, "
+        "and yield once inside",
+    )
+    require(not model.noise(ids).any(), "there is noise before the block begins")
+    with manager:
+        given = []
+        watch = model.embed.register_forward_hook(lambda _, ids, out: given.append((out, out.detach().clone())), prepend=True)
+        noise = model.noise(ids)
+        watch.remove()
+        require(noise.any(), "no noise in training with gradients on: register the hook on model.get_input_embeddings(), and "
+                "let it *return* the noisy embeddings")  # fmt: skip
+        require(torch.equal(model.embed.weight, weight), "the embedding's weight was changed: the noise would stay in the "
+                "model, and grow; change what the layer gives, not what it is")  # fmt: skip
+        require(torch.equal(*given[0]), "the layer's output was changed in place: whoever else holds it sees the noise; return "
+                "a new tensor")  # fmt: skip
+        require(torch.equal(model.where[0], model.places.weight[:12]), "the places' embedding has noise too: only the layer "
+                "that get_input_embeddings() gives should")  # fmt: skip
+        require(_fits(noise.abs().max().item(), bound), f"the noise reaches {noise.abs().max():.3g}, but its bound should be "
+                f"α/√(L·d) = {bound:.3g}; let neftune_noise draw it")  # fmt: skip
+        require(not torch.equal(model.noise(ids), noise), "two passes got the same noise: draw it anew in the hook")
+        model(ids).sum().backward()
+        require(
+            model.embed.weight.grad is not None and model.embed.weight.grad.any(),
+            "the embedding gets no gradient: no .detach() or no_grad around what the layer gave",
+        )
+        model.eval()
+        require(not model.noise(ids).any(), "there is noise in eval mode: ask the embedding layer whether it is `.training`")
+        model.train()
+        with torch.no_grad():
+            quiet = not model.noise(ids).any()
+        require(quiet, "there is noise under torch.no_grad(), where nothing trains: a reference model is computed just so, in "
+                "training mode; ask torch.is_grad_enabled() too")  # fmt: skip
+        model.embed.requires_grad_(False)
+        require(
+            model.noise(ids).any(),
+            "no noise where the embedding is frozen, as it is under LoRA: ask torch.is_grad_enabled(), which says whether "
+            "gradients are on, and not the output's requires_grad",
+        )
+        model.embed.requires_grad_(True)
+        require(model.training, "the block changed the model's mode")
+    _require_clean(model, ids, "after the block")
+    with answer(model.eval(), alpha):
+        require(not model.training, "the block switched the model to training; leave its mode alone")
+        require(not model.noise(ids).any(), "there is noise in a model that was in eval mode when the block began")
+    require(not model.training, "after the block the model's mode is another than before it")
+    model.train()
+    seen = None
+    try:
+        with answer(model, alpha):
+            raise KeyError("an error inside the block")
+    except KeyError as error:
+        seen = error
+    require(seen is not None, "an error inside the block was swallowed: use try … finally, without except and without return")
+    _require_clean(model, ids, "after an error inside the block", ": remove it in a `finally`")
+    state = torch.get_rng_state()
+    with answer(model, 0.0):
+        require(not model.noise(ids).any(), "there is noise at alpha=0")
+    require(torch.equal(torch.get_rng_state(), state), "alpha=0 draws random numbers, so the run would not be the baseline")
+    require(torch.equal(model.embed.weight, weight), "the embedding's weight was changed")
+    return "noise in training alone, with gradients on; hook gone after the block and after an error; weight untouched"
+
+
+def _require_clean(model: _Model, ids: Tensor, when: str, mend: str = "") -> None:
+    require(not model.noise(ids).any(), f"{when} there is still noise: the hook was left on{mend}")
+    require(not model.embed._forward_hooks and not model.embed._forward_pre_hooks, f"{when} a hook is left on{mend}")
+
+
+@check
+def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> str:
+    """The base model's log-probabilities, bit for bit, with transformers' noise on; the model left as it was found."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.neftune import activate_neftune
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, initializer_range=0.2, **shape)).eval()
+    add_adapters(model, AdapterConfig(rank=2))
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.2)
+    ids = torch.randint(60, (3, 11))
+    mask = torch.tensor([[1] * 11, [1] * 8 + [0] * 3, [1] * 9 + [0] * 2])
+    labels = ids.masked_fill((mask == 0) | (torch.arange(11) < 4), -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        policy = sequence_logps(model, batch)[0]
+        with adapters_disabled(model):
+            clean = sequence_logps(model, batch)[0]
+    activate_neftune(model, 5.0)  # an attribute and a hook on the embedding layer
+    for training in (True, False):
+        model.train(training)
+        mode = "training" if training else "eval"
+        kept = batch["input_ids"].clone()
+        got = answer(model, batch)
+        require(isinstance(got, Tensor), f"reference_logps gave {type(got).__name__}, not a tensor; is a return missing?")
+        require(not got.requires_grad, "the reference carries a gradient: compute it under torch.no_grad()")
+        if training and got.shape == clean.shape and not torch.equal(got, clean):
+            require(torch.equal(answer(model, batch), got), "two calls differ: the noise reaches the reference. transformers' "
+                    "hook asks for one thing only, the embedding layer's training mode; take it out of that mode")  # fmt: skip
+        require_close(got, clean, f"the reference of a model in {mode} mode",
+                      {"that is the policy: the adapters are on": policy}, tolerance=1e-6)  # fmt: skip
+        require(model.training is training and all(m.training is training for m in model.modules()),
+                f"the model was in {mode} mode, and is not any more; put it back")  # fmt: skip
+        on = all(layer.enabled for layer in layers)
+        require(on, "the adapters stayed off; `with adapters_disabled(model):` puts them back")
+        require(torch.equal(batch["input_ids"], kept), "the batch was changed")
+    model.train()
+    require(torch.is_grad_enabled(), "gradients stayed off; use `with torch.no_grad():`")
+    first, second = (model(ids).logits.detach() for _ in range(2))
+    require(not torch.equal(first, second), "the noise is gone from training too: the hook has to stay for the policy's pass")
+    try:
+        answer(model, {**batch, "input_ids": ids + 1000})  # no such token: the pass raises
+    except IndexError:
+        require(model.training, "after an error the model stayed in eval mode: put it back in a `finally`")
+        require(all(layer.enabled for layer in layers), "after an error the adapters stayed off")
+        require(torch.is_grad_enabled(), "after an error gradients stayed off")
+    return "the base model's log-probabilities whatever noise is on, and model, adapters and gradients are as before"
+
+
+@check
+def check_parity(
+    noise: Callable[[Tensor, float], Tensor], manager: Callable[[nn.Module, float], AbstractContextManager]
+) -> str:
+    """Yours against transformers' own hook, from the same state of the generator."""
+    differences = parity.neftune_against_transformers(noise, manager)
+    for name, difference in differences.items():
+        require(difference < 1e-5, f"{name}: yours and transformers' differ by {difference:.2g} of the largest entry")
+    said = (f"{name} " + ("bit for bit" if value == 0 else f"to {value:.0e}") for name, value in differences.items())
+    return "yours equals transformers' hook: " + ", ".join(said)
