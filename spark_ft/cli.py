@@ -17,7 +17,21 @@ def _bench(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _plan(arguments: list[str]) -> int:
+    from spark_ft.shapes import main
+
+    return main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from spark_ft.doctor import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
+    "doctor": (_doctor, "look at this machine: memory, versions, and the traps that apply here"),
+    "plan": (_plan, "count the memory of a training run, and say whether it fits"),
     "labs": (_labs, "execute the labs headless and print a closing table"),
     "bench": (_bench, "measure training steps side by side with PEFT and TRL"),
 }

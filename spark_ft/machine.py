@@ -13,6 +13,7 @@ import psutil
 import torch
 
 GIB = 2**30
+Memory = tuple[int | None, int | None]  # (total, what of it could be taken), bytes
 # What is left alone. On unified memory an overrun freezes the machine instead of raising, so 8 GiB; elsewhere it is for what
 # allocators round up.
 RESERVE = {"unified": 8 * GIB, "cpu": GIB // 2, "cuda": GIB // 2}
@@ -47,8 +48,8 @@ class MemoryBudget:
     def __str__(self) -> str:
         kind = " (one memory for processor and GPU)" if self.unified else ""
         return (
-            f"{self.device}{kind}: {_gib(self.available)} available = {_gib(self.free)} free of {_gib(self.total)}, "
-            f"less {_gib(self.reserve)} in reserve"
+            f"{self.device}{kind}: {gib(self.available)} available = {gib(self.free)} free of {gib(self.total)}, "
+            f"less {gib(self.reserve)} in reserve"
         )
 
 
@@ -71,12 +72,14 @@ def budget(device: str | torch.device | None = None, reserve: int | None = None)
         reserve: bytes to leave alone; default `RESERVE`'s for this kind of device.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    system = _system_memory()
+    system = system_memory()
     if device.type == "cpu":
-        total, free = (_least(a, b) for a, b in zip(system, _container_memory(), strict=True))
+        total, free = (_least(a, b) for a, b in zip(system, container_memory(), strict=True))
         return MemoryBudget("cpu", False, total, free, RESERVE["cpu"] if reserve is None else reserve)
+    if device.type != "cuda":
+        return MemoryBudget(str(device), False, None, None, 0)
     index = torch.cuda.current_device() if device.index is None else device.index
-    total, free = _cuda_memory(index)
+    total, free = cuda_memory(index)
     unified = bool(torch.cuda.get_device_properties(index).is_integrated)
     if unified:
         total = system[0]
@@ -85,7 +88,8 @@ def budget(device: str | torch.device | None = None, reserve: int | None = None)
     return MemoryBudget(f"cuda:{index}", unified, total, free, kept)
 
 
-def _gib(size: int | None) -> str:
+def gib(size: int | None) -> str:
+    """In words; an unknown size too."""
     return "an unknown amount" if size is None else f"{size / GIB:.1f} GiB"
 
 
@@ -93,7 +97,7 @@ def _least(*sizes: int | None) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
-def _system_memory() -> tuple[int | None, int | None]:
+def system_memory() -> Memory:
     """(total, available); on Linux MemTotal and MemAvailable."""
     try:
         memory = psutil.virtual_memory()
@@ -102,7 +106,7 @@ def _system_memory() -> tuple[int | None, int | None]:
     return memory.total, memory.available
 
 
-def _cuda_memory(index: int) -> tuple[int | None, int | None]:
+def cuda_memory(index: int) -> Memory:
     """(total, free), where torch's cache of freed blocks counts as free."""
     try:
         free, total = torch.cuda.mem_get_info(index)
@@ -119,7 +123,7 @@ _CGROUPS = (
 )
 
 
-def _container_memory() -> tuple[int | None, int | None]:
+def container_memory() -> Memory:
     """(limit, room left) under the tightest memory limit of this process's control groups; None where there is none."""
     try:
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from spark_ft.adapters import write_atomically
 from spark_ft.data import completion_logps
+from spark_ft.memory import refuse_over_budget
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
@@ -55,6 +56,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; one is always written at the end.
         keep_checkpoints: how many to keep.
         progress: show a progress bar (in a notebook or terminal) or a line now and then (in a log).
+        ignore_budget: train even if the plan says that memory will not do.
     """
 
     steps: int
@@ -71,6 +73,7 @@ class TrainConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     progress: bool = True
+    ignore_budget: bool = False
 
     def __post_init__(self):
         for name in ("steps", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"):
@@ -129,6 +132,7 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     Raises:
         ValueError: nothing to train, nothing to learn from in a batch, or the checkpoint belongs to another run.
         FloatingPointError: the loss is not a finite number.
+        MemoryError: the first batch needs more memory than is there; says which term of the plan to cut, and how.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -148,12 +152,15 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     if config.checkpoint_dir is not None:
         history = _resume(Path(config.checkpoint_dir), parameters, optimizer, config) or history
     model.train()
+    first = len(history.losses)
     try:
-        for step in _progress(range(len(history.losses), config.steps), config, accelerator, history):
+        for step in _progress(range(first, config.steps), config, accelerator, history):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
             batch = batches(step)
+            if step == first and not config.ignore_budget:
+                refuse_over_budget(model, batch, config.gradient_accumulation_steps * accelerator.num_processes)
             total, count = _accumulate(model, batch, loss, config.gradient_accumulation_steps, accelerator)
             if count == 0:
                 raise ValueError(f"step {step}: the batch has nothing to learn from; every label is masked out")
@@ -235,7 +242,7 @@ def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, histo
 
 def _settings(config: TrainConfig) -> dict:
     """What a checkpoint's run and the run that resumes it must agree on."""
-    left_out = ("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "progress")
+    left_out = ("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "progress", "ignore_budget")
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in left_out}
     values["schedule"] = getattr(config.schedule, "__name__", repr(config.schedule))
     return json.loads(json.dumps(values))
