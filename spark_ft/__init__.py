@@ -11,6 +11,7 @@ _HOME = {
     "methods.lora": ("LoRALinear",),
     "methods.dora": ("DoRALinear",),
     "methods.neftune": ("neftune", "neftune_noise"),
+    "methods.nf4": ("NF4_CODE", "NF4Linear", "NF4Tensor", "quantize_nf4"),
     "methods.logprobs": ("token_logps", "chunked_logps"),
     "adapters": (
         "AdapterConfig",
@@ -21,6 +22,8 @@ _HOME = {
         "save_adapters",
     ),
     "models": ("load_model", "load_tokenizer", "profile"),
+    "memory": ("MemoryBudget", "MemoryPlan", "budget", "measure", "plan_training"),
+    "shapes": ("known_config",),
     "records": ("check_records", "iter_records", "read_records", "write_records"),
     "data": (
         "all_answers",

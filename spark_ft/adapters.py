@@ -16,8 +16,10 @@ from torch import nn
 
 from spark_ft.methods.dora import DoRALinear
 from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.nf4 import NF4Linear
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear}
+LINEAR = (nn.Linear, NF4Linear, LoRALinear)
 ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model."  # PEFT's name for "the model that I wrap"
 
@@ -102,6 +104,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Add every update into its base weight and take the adapters off: a plain transformers model, no slower than before.
 
+    A model in 4 bits becomes one in bf16, all of it, at 2 bytes a weight: nothing is put into 4 bits again.
+
     Returns:
         the same model. Its parameters stay frozen.
 
@@ -109,6 +113,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         ValueError: no adapters, or an adapted weight is also another module's, which must not change with it.
     """
     layers = _require_adapters(model)
+    quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     elsewhere = {p: name for name, m in model.named_modules() if not hasattr(m, "in_features") for p in m.parameters(False)}
     for name, layer in layers.items():
         if other := elsewhere.get(layer.base.weight):
@@ -120,7 +125,15 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         layer.merge()
         model.set_submodule(name, layer.base)
     del model.adapter_config
-    return model
+    return _dequantized(model) if quantized else model
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """All of it in bf16: the layers that no adapter was on, and what never was in 4 bits."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(name, layer.to_linear(torch.bfloat16))
+    return model.to(torch.bfloat16)
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike) -> Path:
@@ -244,7 +257,7 @@ def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
         name: module
         for name, module in model.named_modules()
         # an adapted layer counts under its own name, its base does not
-        if name and isinstance(module, (nn.Linear, LoRALinear)) and not isinstance(_parent(model, name), LoRALinear)
+        if name and isinstance(module, LINEAR) and not isinstance(_parent(model, name), LoRALinear)
     }
     if targets == ALL_LINEAR:
         names = [name for name, module in linear.items() if module is not output]
@@ -294,7 +307,7 @@ def _check_fit(model, existing, by_layer, config, weights_file) -> None:
     modules = dict(model.named_modules())
     for name, parts in by_layer.items():
         module = modules.get(name)
-        if not isinstance(module, (nn.Linear, LoRALinear)):
+        if not isinstance(module, LINEAR):
             raise ValueError(f'{weights_file}: adapts "{name}", which this model has not; it is an adapter of another model')
         shapes = {"lora_A": (config.rank, module.in_features), "lora_B": (module.out_features, config.rank)}
         if config.method == "dora":

@@ -183,8 +183,8 @@ def measure(device: str | torch.device | None = None, anonymous: bool = False) -
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gc.collect()
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # memory freed earlier and kept by the allocator would be used again without being counted
+    if device.type == "cpu":
+        give_back_freed()  # memory freed earlier and kept by the allocator would be used again without being counted
     memory = Peak(*[held(device, anonymous)] * 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -196,6 +196,12 @@ def measure(device: str | torch.device | None = None, anonymous: bool = False) -
     else:
         with _sampled(memory, device, anonymous):
             yield memory
+
+
+def give_back_freed() -> None:
+    """Have the C allocator return to the system what it keeps of freed memory, where it can (glibc)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @contextmanager

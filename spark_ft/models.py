@@ -11,14 +11,18 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from spark_ft.methods.packing import packed_attention
+from spark_ft.machine import give_back_freed
+from spark_ft.methods.nf4 import NF4Linear, NF4Tensor, quantize_nf4
+from spark_ft.packing import packed_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
@@ -83,28 +87,29 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
     Args:
         name: a hub id or a folder; default SPARK_FT_MODEL, else the profile's model, else the embedded one.
         dtype: the weights' precision; default the profile's.
-        quantize: None. ("nf4" comes with the 70B lab.)
+        quantize: None, or "nf4": the linear layers but the head become `NF4Linear` as they are read, tensor by tensor, so
+            that no more than the quantized model and one tensor is ever in memory. A checkpoint that bitsandbytes quantized
+            to NF4 becomes such layers by itself, its bytes as they are.
 
     Returns:
         (model, tokenizer), both from transformers.
 
     Raises:
-        ValueError: `quantize` is unknown.
-        OSError: the model is missing, damaged beyond mending, or not reachable; says how to get it.
+        ValueError: `quantize` is unknown, or the checkpoint is quantized in another way.
+        OSError: the model is missing, damaged beyond mending, not reachable, or too large for the disk; says how to mend it.
     """
-    from transformers import AutoModelForCausalLM
-
-    if quantize is not None:
-        raise ValueError(f'quantize="{quantize}" is not available in this version; use None')
+    if quantize not in (None, "nf4"):
+        raise ValueError(f'quantize="{quantize}" is unknown; use None or "nf4"')
     name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
     embedded = name in (None, EMBEDDED)
     folder = embedded_folder() if embedded else name
+    if not Path(folder).is_dir():
+        preflight(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = load_nf4 if quantize else _load_whole
     with _no_progress_bar():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or profile().dtype, device_map={"": device}, use_safetensors=True
-            )
+            model = load(folder, dtype or profile().dtype, device)
         except OSError as error:
             raise OSError(_unreachable(folder)) from error
         except SafetensorError as error:
@@ -116,8 +121,129 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
     return model.eval(), load_tokenizer(folder)
 
 
+def _load_whole(folder: str | os.PathLike, dtype: torch.dtype, device: str):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, use_safetensors=True)
+    return _from_bitsandbytes(model) if getattr(model, "quantization_method", None) else model
+
+
+# ── 4-bit models ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_nf4(folder: str | os.PathLike, dtype: torch.dtype, device: str):
+    """A causal language model with its linear layers but the head in NF4, read and quantized one tensor at a time.
+
+    Args:
+        folder: with config.json and safetensors, or a hub id.
+        dtype: of what is not quantized, and of the numbers before they are.
+        device: where each tensor is quantized and stays.
+
+    Raises:
+        ValueError: tensors and model do not fit.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        return _load_whole(folder, dtype, device)
+    folder = _downloaded(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    for name, tensor in _tensors(folder):
+        owner, _, part = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+            expected = getattr(module, part).shape
+        except AttributeError as error:
+            raise ValueError(f"{folder}: holds {name}, which a {type(model).__name__} has not") from error
+        if tensor.shape != expected:
+            raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, and the config wants {tuple(expected)}")
+        tensor = tensor.to(device, dtype)
+        if part == "weight" and isinstance(module, nn.Linear) and module is not head:
+            model.set_submodule(owner, NF4Linear(quantize_nf4(tensor), module.bias))
+        else:
+            module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        del tensor  # before the next one is read
+        give_back_freed()  # or holes between the small ones add up to as much again
+    model.tie_weights()
+    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"{folder}: {', '.join(missing[:3])} missing ({len(missing)} tensors in all); download it again")
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(device)  # buffers; NF4 and weights are there already
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in a folder's safetensors, read one by one and never mapped into memory."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no model*.safetensors in it")
+    for path in files:
+        with safe_open(path, "pt", backend="pread") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _downloaded(name: str | os.PathLike) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _from_bitsandbytes(model):
+    """Its Linear4bit layers as `NF4Linear`, byte for byte."""
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Linear4bit":
+            state = layer.weight.quant_state
+            if state.quant_type != "nf4":
+                raise ValueError(f'{name} is in "{state.quant_type}"; of 4-bit formats only nf4 is known here')
+            scales = {"absmax": state.absmax}
+            if state.nested:
+                scales = {"scale_codes": state.absmax, "scale_absmax": state.state2.absmax, "offset": state.offset}
+            weight = NF4Tensor(state.shape, state.dtype, state.blocksize, packed=layer.weight.data.view(-1), **scales)
+            model.set_submodule(name, NF4Linear(weight, layer.bias))
+    del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+    return model
+
+
+def preflight(name: str) -> None:
+    """Refuse a hub model before anything is fetched: no licence, no token, or too little disk. A cached one always passes.
+
+    Raises:
+        OSError: says what is missing and how to mend it.
+    """
+    from huggingface_hub import HfApi, auth_check, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        files = HfApi().model_info(name, files_metadata=True).siblings
+        auth_check(name)
+    except GatedRepoError as error:
+        raise OSError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login` with a token of "
+            "the same account; or take an open model (README, profiles)"
+        ) from error
+    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
+        raise OSError(_unreachable(name)) from error
+    size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    cache = Path(constants.HF_HUB_CACHE)
+    at = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(at).free
+    if size > free:
+        raise OSError(
+            f"{name} takes {size / 1e9:.0f} GB of disk, and {free / 1e9:.0f} are free for the hub's cache; free some, or set "
+            "HF_HOME to a larger disk"
+        )
+
+
 def use_packed_attention(model) -> None:
-    """Let the model also take `lengths=[…]` and `prefix=…`: sequences packed in one row (methods/packing.py).
+    """Let the model also take `lengths=[…]` and `prefix=…`: sequences packed in one row (packing.py).
 
     Without `lengths` it computes what it did, by transformers' own sdpa attention.
     """

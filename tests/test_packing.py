@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft.methods.packing import pack, packed_attention
+from spark_ft.packing import pack, packed_attention
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 

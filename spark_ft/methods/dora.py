@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.lora import LoRALinear, _dense
+from spark_ft.methods.nf4 import NF4Tensor
 
 ROWS = 2048  # of a weight at a time, so that no copy of a whole one is made
 CANCELS = 0.1  # where less than this share of ‖W‖² + ‖sBA‖² is left in ‖W + sBA‖², its three terms have lost digits
@@ -45,16 +46,10 @@ class DoRALinear(LoRALinear):
         self.forget_norm()
         self.magnitude = nn.Parameter(self.norm().clone())
 
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        sign = self.enabled - self.merged
-        if sign == 0:
-            return self.base(x)
-        if sign < 0:  # merged and disabled at once: take gain and update out again
-            b = 0.0 if self.bias is None else self.bias
-            return self._add_update((self.base(x) - b) / self._merged_gain + b, x.to(self.lora_A.dtype), sign).to(x.dtype)
-        if not self._drops():
-            return self._scaled(self._updated(x), x.dtype)
+    def _adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         out, dropped = self.base(x), self._dropped(x)
+        if not (self.dropout and self.training):
+            return self._scaled(self._add_update(out.to(dropped.dtype), dropped), out.dtype)
         again = self.base(dropped.to(x.dtype)).to(dropped.dtype)
         return out + (self._scaled(self._add_update(again.clone(), dropped), dropped.dtype) - again).to(out.dtype)
 
@@ -87,27 +82,16 @@ class DoRALinear(LoRALinear):
         original, adapted = self._weights()
         return adapted - original
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put m/n · (W + s B A) in the base weight's place: the same outputs with no extra work. Twice is once."""
-        if not self.merged:
-            gain = _gain(self.magnitude, self.norm())
-            self.base.weight.copy_(self._weights()[1])
-            self._merged_gain, self.merged = gain, True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W in its place again, to within the rounding of its dtype."""
-        if self.merged:
-            self.base.weight.copy_(self._weights()[0])
-            self.merged = False
-
     def _weights(self) -> tuple[Tensor, Tensor]:
-        """W and m/n · (W + s B A), in the adapter's precision."""
-        W, update = self.base.weight.to(self.lora_A.dtype), super().delta_weight()
+        W, update = _dense(self.base.weight, self.lora_A.dtype), super().delta_weight()
         if self.merged:
             return W / self._merged_gain[:, None] - update, W
         return W, _gain(self.magnitude, self.norm())[:, None] * (W + update)
+
+    def merge(self) -> None:
+        if not self.merged:
+            self._merged_gain = _gain(self.magnitude, self.norm()).detach()
+        super().merge()
 
 
 @torch.no_grad()
@@ -149,8 +133,9 @@ def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     return gain.masked_fill_(gain.abs() < TINY, TINY)
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+def _state(weight: Tensor | NF4Tensor) -> tuple[int, int]:
+    stored = weight.packed if isinstance(weight, NF4Tensor) else weight
+    return stored.data_ptr(), stored._version
 
 
 class _ScaleRows(torch.autograd.Function):

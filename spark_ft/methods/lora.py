@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update.
@@ -44,6 +46,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.enabled, self.merged = True, False
+        self._quantized: tuple[NF4Linear, ...] = ()  # the base that a merge replaced; in a tuple, so that it is no submodule
         # A bf16 step of 1e-4 would round away, so the update lives in at least fp32, as in PEFT.
         place = {"device": base.weight.device, "dtype": _at_least_fp32(base.weight.dtype)}
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **place))
@@ -67,46 +70,53 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        sign = self.enabled - self.merged  # merged and disabled at once: take the update out again
-        if sign == 0:
-            return self.base(x)
-        if self._drops():
-            out = self.base(x)
-            return self._add_update(out, self._dropped(x)).to(out.dtype)
-        return self._updated(x, sign).to(x.dtype)
+        if not self.merged:
+            return self._adapted(x) if self.enabled else self.base(x)
+        if self._quantized:
+            return self.base(x.to(self.base.weight.dtype)).to(x.dtype) if self.enabled else self._quantized[0](x)
+        # merged and disabled at once is rare: the update is taken out again
+        return self.base(x) if self.enabled else F.linear(x, self._weights()[0].to(x.dtype), self.bias)
 
-    def _drops(self) -> bool:
-        return bool(self.dropout) and self.training and not self.merged
+    def _adapted(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        return self._add_update(out, self._dropped(x)).to(out.dtype)
 
     def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x.to(self.lora_A.dtype), self.dropout)
+        return F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
 
-    def _updated(self, x: Tensor, sign: int = 1) -> Tensor:
-        """base(x) + sign · scaling · B A x, in the adapter's precision."""
-        base = self.base
-        if type(base) is nn.Linear and x.dtype == base.weight.dtype == self.lora_A.dtype and _untouched(base):
-            return _LowRankLinear.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, sign * self.scaling)
-        return self._add_update(base(x), x.to(self.lora_A.dtype), sign)
-
-    def _add_update(self, out: Tensor, x: Tensor, sign: int = 1) -> Tensor:
-        return _AddLowRank.apply(out, x, self.lora_A, self.lora_B, sign * self.scaling)
+    def _add_update(self, out: Tensor, x: Tensor) -> Tensor:
+        return _AddLowRank.apply(out, x, self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """ΔW = scaling · B A, what `merge` adds to the base weight."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The weight without and with the update, in the adapter's precision; while merged, only a dense base's."""
+        W, delta = _dense(self.base.weight, self.lora_A.dtype), self.delta_weight()
+        return (W - delta, W) if self.merged else (W, W + delta)
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Add ΔW into the base weight: the same outputs with no extra work. Merging twice changes nothing."""
+        """Put W + ΔW in the base weight's place: the same outputs with no extra work. Merging twice changes nothing.
+
+        A 4-bit base becomes a bf16 layer, four times as large: in 4 bits again, the sum would lose what was learned.
+        """
         if not self.merged:
-            _add_to(self.base.weight, self.delta_weight())
+            weight = self._weights()[1]
+            if isinstance(self.base, NF4Linear):
+                self._quantized, self.base = (self.base,), self.base.to_linear(torch.bfloat16)
+            self.base.weight.copy_(weight)
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take ΔW out of the base weight again, to within the rounding of its dtype."""
+        """Put W in its place again: to within the rounding of its dtype, or the 4-bit base itself."""
         if self.merged:
-            _add_to(self.base.weight, -self.delta_weight())
+            if self._quantized:
+                (self.base,), self._quantized = self._quantized, ()
+            else:
+                self.base.weight.copy_(self._weights()[0])
             self.merged = False
 
     def extra_repr(self) -> str:
@@ -117,50 +127,25 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, NF4Tensor) else weight.to(dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_to(weight: Tensor, delta: Tensor) -> None:
-    """weight += delta, summed in delta's precision and rounded once."""
-    weight.copy_(weight.to(delta.dtype) + delta)
-
-
-def _untouched(base: nn.Module) -> bool:
-    """Nothing of it trains and nobody watches it: its product may be computed without calling it."""
-    watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not watched and not any(p.requires_grad for p in base.parameters())
-
-
-class _LowRankLinear(torch.autograd.Function):
-    """x Wᵀ + b + scaling · (x Aᵀ) Bᵀ with W and b frozen; keeps x alone, and both gradients of x are one sum."""
-
-    @staticmethod
-    def forward(ctx, x, W, b, A, B, scaling):
-        ctx.save_for_backward(x, W, A, B)
-        ctx.scaling = scaling
-        out = F.linear(x, W, b)
-        _rows(out).addmm_(_rows(x) @ A.T, B.T, alpha=scaling)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, W, A, B = ctx.saved_tensors
-        grad2 = _rows(grad)
-        grad_low, grad_A, grad_B = _update_gradients(ctx, grad2, _rows(x), A, B, *ctx.needs_input_grad[3:5])
-        grad_x = (grad2 @ W).addmm_(grad_low, A).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_A, grad_B, None
-
-
 class _AddLowRank(torch.autograd.Function):
-    """out + scaling · (x Aᵀ) Bᵀ in the precision of A, written into `out` where it can be; x is all it keeps."""
+    """out + scaling · (x Aᵀ) Bᵀ in the precision of A, written into `out` where it can be.
+
+    x is all it keeps; x Aᵀ is computed again in backward, which is cheaper than to keep it.
+    """
 
     @staticmethod
     def forward(ctx, out, x, A, B, scaling):
-        low = _rows(x) @ A.T
         ctx.save_for_backward(x, A, B)
         ctx.scaling = scaling
+        low = _rows(x) @ A.T
         if out.dtype == A.dtype and out.is_contiguous():  # else its rows would be a copy, and the update lost with it
             ctx.mark_dirty(out)
             _rows(out).addmm_(low, B.T, alpha=scaling)
@@ -171,15 +156,10 @@ class _AddLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, A, B = ctx.saved_tensors
-        grad2 = _rows(grad).to(A.dtype)
-        grad_low, grad_A, grad_B = _update_gradients(ctx, grad2, _rows(x), A, B, *ctx.needs_input_grad[2:4])
-        grad_x = (grad_low @ A).view_as(x) if ctx.needs_input_grad[1] else None
+        x2, grad2 = _rows(x), _rows(grad).to(A.dtype)
+        grad_low = (grad2 @ B).mul_(ctx.scaling)
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        grad_x = (grad_low @ A).view_as(x) if needs_x else None
+        grad_A = grad_low.T @ x2 if needs_A else None
+        grad_B = ((x2 @ A.T).T @ grad2).mul_(ctx.scaling).T if needs_B else None  # this way round the product is faster
         return grad, grad_x, grad_A, grad_B, None
-
-
-def _update_gradients(ctx, grad, x, A, B, needs_A, needs_B):
-    """Gradients of x Aᵀ, of A and of B; x Aᵀ is computed again, which is cheaper than to keep it."""
-    grad_low = (grad @ B).mul_(ctx.scaling)
-    grad_A = grad_low.T @ x if needs_A else None
-    grad_B = ((x @ A.T).T @ grad).mul_(ctx.scaling).T if needs_B else None  # this way round the product is the faster one
-    return grad_low, grad_A, grad_B
