@@ -17,6 +17,7 @@ from spark_ft.adapters import ALL_LINEAR, AdapterConfig, add_adapters
 from spark_ft.data import IGNORE, packed_row
 from spark_ft.machine import GIB, MemoryBudget, budget, held, measure
 from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.nf4 import DENSE, NF4Linear, NF4Tensor
 from spark_ft.models import PACKED
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def plan_training(
     moment_dtype: torch.dtype | None = None,
     moments: int = 2,
     double_quant: bool = True,
-    dequantized_rows: int | None = None,
-    dequantized_dtype: torch.dtype | None = None,
+    whole_matrices: bool = False,
     logit_rows: int | None = LOGIT_ROWS,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -119,8 +119,7 @@ def plan_training(
         gradient_dtype, moment_dtype: default that of what they belong to.
         moments: numbers that the optimizer keeps for each one trained: AdamW 2, SGD with momentum 1, SGD 0.
         double_quant: NF4's scales are quantized too (4.127 bits a weight, else 4.5).
-        dequantized_rows: of a matrix, at once; None is all of them.
-        dequantized_dtype: what NF4 weights are dequantized to; default dtype.
+        whole_matrices: NF4 matrices are dequantized whole, to bf16, as bitsandbytes does; `NF4Linear` takes rows by rows.
         logit_rows: rows of logits at once; None keeps those of every position, as transformers' own loss does.
         device: "cuda", or "cpu": no context, and rows are packed without padding.
 
@@ -157,10 +156,7 @@ def plan_training(
         held[ADAPTERS] = numbers * adapter_dtype.itemsize * _remembered(device)
     if full and task == "preference":
         held[REFERENCE] = sum(held.values())
-    buffer = 0
-    if quantized:
-        matrices = [p.shape for name, p in model.named_parameters() if name.endswith("base.weight")]
-        buffer = max(min(rows, dequantized_rows or rows) * columns for rows, columns in matrices)
+    largest = max(p.numel() for name, p in model.named_parameters() if name.endswith(("up_proj.weight", "up_proj.base.weight")))
     rows = batch_size * (2 if task == "preference" else 1)
     terms, peak = _add_up(
         model,
@@ -172,7 +168,7 @@ def plan_training(
         checkpointing=checkpointing,
         accumulates=gradient_accumulation_steps > 1,
         logit_rows=logit_rows,
-        dequantized=buffer * (dequantized_dtype or dtype).itemsize,
+        dequantized=0 if not quantized else 2 * largest if whole_matrices else _dequantized(largest, dtype.itemsize, device),
         context=CUDA_CONTEXT_BYTES if device == "cuda" else 0,
     )
     adapted = {"rank": rank, "targets": targets, "adapters": _short(adapter_dtype)}
@@ -197,6 +193,12 @@ def nf4_bytes(weights: int, double_quant: bool = True, block_size: int = 64) -> 
     """Bytes of so many weights in NF4: 4 bits each, and a scale a block, in fp32, or in 8 bits with fp32 for 256 of them."""
     blocks = ceil(weights / block_size)
     return ceil(weights / 2) + (blocks + 4 * ceil(blocks / 256) if double_quant else 4 * blocks)
+
+
+def _dequantized(largest: int, width: int, device: str) -> int:
+    """What `NF4Linear` needs for a block of its weight's rows: codes, numbers in fp32, and the block before."""
+    at_once = min(largest, DENSE[device])
+    return at_once * (6 + (width if largest > at_once else 0))
 
 
 @lru_cache(maxsize=8)
@@ -224,7 +226,7 @@ def _weigh(model: nn.Module, size: Callable[[Tensor, str], int]) -> tuple[dict[s
         elif module is head or isinstance(module, nn.Embedding):
             kind = EMBEDDINGS
         else:
-            kind = LINEAR if hasattr(module, "in_features") else NORMS
+            kind = LINEAR if hasattr(module, "in_features") or isinstance(module, NF4Tensor) else NORMS
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in tensors:
                 tensors[id(tensor)] = tensor
@@ -284,7 +286,7 @@ def _kept(model: nn.Module, tokens: _Tokens, width: int, adapter_width: int, dor
         adapted = sum(isinstance(linear, LoRALinear) for linear in linears)
         if adapted and a > width:
             return a * adapted  # each casts it for itself
-        return width if adapted or any(linear.weight.requires_grad for linear in linears) else 0
+        return width if adapted or any(getattr(linear.weight, "requires_grad", False) for linear in linears) else 0
 
     # RMSNorm works in fp32: it keeps its input so (of the first norm, that is the layer's input unless it is cast), and 1/rms
     kept = n * (w.hidden * (2 * fp32 if width < 4 else fp32) + 8)
@@ -337,6 +339,9 @@ def _add_up(
         activations, recomputed = {SAVED: layers * (kept + (stream if width >= 4 else 0)) + stream}, 0
     # SwiGLU's backward: the gradients of its two factors. Where adapters are wider, gradients are there in both precisions.
     passing = n * (2 * w.mlp * width + (w.hidden * (2 * adapter_width + width) if adapter_width > width else 0))
+    # a block of down's weight is there before the gradients of both factors are
+    before = n * w.mlp * width if adapter_width <= width else passing - 2 * n * w.mlp * width
+    busy = max(passing, before + dequantized) if dequantized else passing
     vocabulary = len(head)
     if logit_rows is None:  # logits, their log-softmax and the gradients of both, the last three in fp32
         logits = n * vocabulary * (width + 12)
@@ -351,8 +356,8 @@ def _add_up(
     always = sum(held.values()) - gradients + context
     moments = (
         sum(activations.values()) + logits + 2 * table + earlier,  # the head's backward
-        sum(activations.values()) + recomputed + dequantized + passing + table + earlier,  # the last layer's
-        gradients + kept + stream + dequantized + passing,  # the first layer's
+        sum(activations.values()) + recomputed + busy + table + earlier,  # the last layer's
+        gradients + kept + stream + busy,  # the first layer's
         gradients + (table + bool(earlier) * table if head is embeddings else 0),  # the embedding's
     )
     needs = {RECOMPUTED: recomputed, DEQUANTIZED: dequantized, PASSING: max(passing, table), LOGITS: logits, CONTEXT: context}
@@ -370,24 +375,29 @@ def plan_step(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_
     if _widths(model) is None or not parts or None in parts:
         return None
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    quantized = [module for module in model.modules() if isinstance(module, NF4Linear)]
     method = model.adapter_config.method if adapted else "full"
+    if method == "lora" and quantized:
+        method = "qlora"
     held, trained = _weigh(model, lambda tensor, kind: tensor.nbytes)
     if method == "dora":
         held[ADAPTERS] *= _remembered(model.device.type)
     size = sum(p.nbytes for p in trained)
     tokens = max(parts, key=lambda part: part.computed)
+    width = model.get_input_embeddings().weight.element_size()
+    largest = max((nf4.weight.numel() for nf4 in quantized), default=0)
     checkpointing = model.base_model.layers[0].gradient_checkpointing
     terms, peak = _add_up(
         model,
         held | {GRADIENTS: size, MOMENTS: 2 * size},
         tokens,
-        width=model.get_input_embeddings().weight.element_size(),
+        width=width,
         adapter_width=adapted[0].lora_A.element_size() if adapted else 0,
         dora=method == "dora",
         checkpointing=checkpointing,
         accumulates=len(parts) > 1,
         logit_rows=LOGIT_ROWS,
-        dequantized=0,
+        dequantized=_dequantized(largest, width, model.device.type),
         context=CUDA_CONTEXT_BYTES if model.device.type == "cuda" else 0,
     )
     rows = len(tokens.lengths)
