@@ -173,7 +173,7 @@ def test_a_cast_of_the_model_leaves_scales_in_fp32_and_a_state_dict_holds_all():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)])
 def test_a_product_and_its_gradient_are_those_of_the_dequantized_weight(dtype, bias, lead, monkeypatch):
-    monkeypatch.setattr(nf4, "ROWS", 7)  # 24 rows in four parts
+    monkeypatch.setattr(nf4, "DENSE", {"cpu": 7 * 16 + 3})  # 24 rows in four parts
     layer = NF4Linear.from_linear(nn.Linear(16, 24, bias=bias).to(dtype))
     plain = layer.to_linear(dtype)
     x = torch.randn(*lead, 16, dtype=dtype)

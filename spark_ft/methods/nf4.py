@@ -19,7 +19,7 @@ NF4_CODE = torch.tensor(
 )  # fmt: skip
 SCALES = 256  # scales of blocks that share one scale of their own, in double quantization
 CHUNK = 2**20  # numbers quantized or dequantized at a time: what that needs beside its result stays small
-ROWS = 2048  # rows of a weight in full precision at a time, in a product
+DENSE = {"cpu": 2**22, "cuda": 2**25}  # numbers of a weight in full precision at a time, in a product
 
 
 def _scale_code() -> Tensor:
@@ -200,8 +200,9 @@ class _NF4Product(torch.autograd.Function):
         ctx.weight = weight
         x2 = x.flatten(0, -2) if x.dim() > 1 else x[None]
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        rows = _rows_at_once(weight)
         out2 = out.view(len(x2), weight.shape[0])
-        for columns, W in zip(out2.split(ROWS, dim=1), weight.split(ROWS, x.dtype), strict=True):
+        for columns, W in zip(out2.split(rows, dim=1), weight.split(rows, x.dtype), strict=True):
             torch.mm(x2, W.T, out=columns)
         return out
 
@@ -210,6 +211,11 @@ class _NF4Product(torch.autograd.Function):
     def backward(ctx, grad):
         grad2 = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
         grad_x = grad.new_zeros(len(grad2), ctx.weight.shape[1])
-        for columns, W in zip(grad2.split(ROWS, dim=1), ctx.weight.split(ROWS, grad.dtype), strict=True):
+        rows = _rows_at_once(ctx.weight)
+        for columns, W in zip(grad2.split(rows, dim=1), ctx.weight.split(rows, grad.dtype), strict=True):
             grad_x.addmm_(columns, W)
         return grad_x.view(*grad.shape[:-1], grad_x.shape[1]), None
+
+
+def _rows_at_once(weight: NF4Tensor) -> int:
+    return max(1, DENSE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])

@@ -1,0 +1,100 @@
+"""The true-size run, made small: two layers on the CPU, from the command line to the stored JSON; and what counts its bytes."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from spark_ft.lab import giant
+from spark_ft.methods.nf4 import NF4Linear
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+
+
+def test_two_layers_run_on_the_cpu_and_are_stored_with_their_origin(tmp_path, capsys):
+    path = tmp_path / "measured" / "two.json"
+    arguments = ["--model", "SmolLM2-135M", "--layers", "2", "--lengths", "16", "48", "--steps", "3", "--device", "cpu"]
+    assert giant.main([*arguments, "--out", str(path)]) == 0
+    assert "48 tokens:" in capsys.readouterr().out
+    stored = json.loads(path.read_text())
+    assert {"what", "device", "date", "versions", "settings", "runs"} <= stored.keys()
+    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["parameters"] == 2 * (2 * 576**2 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576) + 576 + 49152 * 576
+    for run, length in zip(stored["runs"], (16, 48), strict=True):
+        assert run["length"] == length
+        assert run["peak bytes"] > run["planned terms"]["embeddings and head"] == 49152 * 576 * 4
+        assert run["tokens a second"] == pytest.approx(length / run["seconds a step"])
+        assert run["losses"][-1] < run["losses"][0]  # it does learn its one row
+
+
+def test_without_a_gpu_and_a_path_nothing_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(giant, "MEASURED", tmp_path / "gpu")
+    monkeypatch.setattr(giant, "measure_run", lambda *_: {"runs": []})
+    giant.main(["--layers", "1", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["runs"] == []
+    assert giant.stored() == []
+
+
+def test_what_was_stored_comes_back_newest_last(monkeypatch, tmp_path):
+    monkeypatch.setattr(giant, "MEASURED", tmp_path)
+    for name, date in (("b", "2026-01-02"), ("a", "2026-03-04")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"date": date}))
+    assert [one["date"] for one in giant.stored()] == ["2026-01-02", "2026-03-04"]
+
+
+def test_the_shape_of_70b_is_llamas_own():
+    config = giant.giant_config(80)
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        assert sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) == 70_553_706_496
+    assert giant.giant_config(2).num_hidden_layers == 2
+
+
+def test_a_random_model_is_in_nf4_but_for_embeddings_norms_and_head():
+    model = giant.random_nf4_model(LlamaConfig(**SMALL, num_hidden_layers=2), "cpu", torch.float32)
+    kinds = {name.rpartition(".")[2]: isinstance(m, NF4Linear) for name, m in model.named_modules() if hasattr(m, "in_features")}
+    assert {name for name, quantized in kinds.items() if not quantized} == {"lm_head"}
+    assert not [p for p in model.parameters() if p.is_meta or p.requires_grad]
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_one_layer_takes_a_step_and_only_its_adapters_get_gradients():
+    config = LlamaConfig(**SMALL)
+    layer = giant.random_layer(config, rank=4)
+    assert giant.layer_step(layer, config, 12) > 0
+    with_gradient = {name for name, p in layer.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert len(with_gradient) == 14
+
+
+def test_allocated_counts_new_memory_once_and_forgets_what_is_freed():
+    given = torch.ones(1000)
+    with giant.Allocated() as memory:
+        view = given.view(10, 100).T  # no new memory
+        assert memory.now == 0
+        doubled = view * 2
+        assert memory.now == memory.peak == 4000
+        doubled.add_(1)
+        part = doubled[:3]
+        assert memory.now == 4000
+        more = doubled.double()
+        assert memory.now == memory.peak == 12000
+        del doubled, part
+        assert memory.now == 8000
+        torch.add(more, more, out=more)
+        assert memory.now == 8000
+        del more
+    assert (memory.now, memory.peak) == (0, 12000)
+
+
+def test_allocated_sees_what_custom_functions_and_replays_make():
+    config = LlamaConfig(**SMALL)
+    layer = giant.random_layer(config, rank=4)
+    with giant.Allocated() as memory:
+        giant.layer_step(layer, config, 64)
+    gradients = sum(p.grad.nbytes for p in layer.parameters() if p.grad is not None)
+    largest = 64 * 128 * 4  # a weight (mlp, hidden), dequantized, and its codes as int32
+    assert memory.now == gradients
+    assert memory.peak > gradients + largest + 64 * 4 * (64 + 3 * 128)
