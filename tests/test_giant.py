@@ -54,7 +54,8 @@ def test_the_shape_of_70b_is_llamas_own():
 
 def test_a_random_model_is_in_nf4_but_for_embeddings_norms_and_head():
     model = giant.random_nf4_model(LlamaConfig(**SMALL, num_hidden_layers=2), "cpu", torch.float32)
-    kinds = {name.rpartition(".")[2]: isinstance(m, NF4Linear) for name, m in model.named_modules() if hasattr(m, "in_features")}
+    linear = [(name, m) for name, m in model.named_modules() if hasattr(m, "in_features")]
+    kinds = {name.rpartition(".")[2]: isinstance(m, NF4Linear) for name, m in linear}
     assert {name for name, quantized in kinds.items() if not quantized} == {"lm_head"}
     assert not [p for p in model.parameters() if p.is_meta or p.requires_grad]
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
