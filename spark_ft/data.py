@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from spark_ft.methods.logprobs import chunked_logps, token_logps
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.neftune import draws_noise
-from spark_ft.packing import Packed, pack
 from spark_ft.models import PACKED
+from spark_ft.packing import Packed, pack
 from spark_ft.records import check_records, find_fault, iter_records, read_records, write_records
 
 __all__ = [

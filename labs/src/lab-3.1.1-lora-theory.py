@@ -33,12 +33,9 @@
 # One question decides whether that is a good idea: **is what training changes thin enough for a note?** You will measure it.
 
 # %%
-import gc
 import inspect
 import itertools
-import threading
 
-import psutil
 import torch
 from torch import nn
 
@@ -59,6 +56,7 @@ from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.studies.lab_3_1_1 import SETTINGS, held_out, tune
+from spark_ft.memory import measure
 from spark_ft.models import EMBEDDED, ROOT
 
 TICKETS = ROOT / "data" / "kitchen_tickets"
@@ -75,33 +73,9 @@ print(train_rows[0]["prompt"], "\n→", train_rows[0]["completion"])
 # Full fine-tuning keeps four numbers for every weight: the **weight**, its **gradient** (which way is downhill), and the two
 # **moments** of AdamW (a running average of the gradient, and one of its square). The next cell takes one real training step on
 # four tickets with every weight trainable, and then counts the bytes of the tensors that exist. It also watches the memory of
-# this process while the step runs, every few milliseconds.
+# this process while the step runs, and keeps its peak (`spark_ft.memory.measure`).
 
 # %%
-class PeakMemory:
-    """The largest memory of this process inside a `with` block, over what it was at the start (resident set size)."""
-
-    def __enter__(self):
-        gc.collect()
-        self.process, self.stop = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self):
-        while not self.stop.wait(0.003):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *error):
-        self.stop.set()
-        self.thread.join()
-
-    @property
-    def extra(self) -> int:
-        return self.peak - self.start
-
-
 def count_bytes(tensors) -> int:
     return sum(t.nbytes for t in tensors)
 
@@ -127,7 +101,7 @@ model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 model.cpu()  # so that the process's memory is all the memory there is, on a machine with a GPU too
 four_tickets = sft_batches(train_rows, tokenizer, 4)(0)
 model.requires_grad_(True)
-with PeakMemory() as memory:
+with measure("cpu") as memory:
     full = one_step(model, four_tickets)
 # what the process took beyond the tensors we can name; the weights were there before
 full["activations, scratch"] = max(0, memory.extra - full["gradients"] - full["AdamW moments"])
@@ -638,7 +612,7 @@ del tuned
 # %%
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 add_adapters(model.cpu(), AdapterConfig(rank=16))
-with PeakMemory() as memory:
+with measure("cpu") as memory:
     lora = one_step(model, four_tickets)
 lora["activations, scratch"] = max(0, memory.extra - lora["gradients"] - lora["AdamW moments"])
 del model
@@ -650,7 +624,7 @@ fig, ax = plots.figure(
     width=9.5,
     height=3.0,
     caption="embedded model, fp32, 4 tickets. Weights, gradients and moments are counted from the tensors; the rest is the peak of "
-    "this process's memory, sampled every 3 ms, less those.",
+    "this process's memory, measured, less those.",
 )
 offset = {"full": 0.0, "LoRA r16": 0.0}
 for part, role in zip(full, ("yours", "package", "reference", "control"), strict=True):

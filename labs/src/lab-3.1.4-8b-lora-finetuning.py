@@ -277,7 +277,7 @@ stored = load("kitchen_finetune")
 print(agrees(history.losses[:5], stored.figures(0)["first_losses"], rel=1e-3))
 
 fig, ax = plots.figure(
-    "The form is learned in a few steps, the words take longer",
+    f"The loss falls {history.losses[0] / min(history.losses):.0f}-fold, most of it in the first ten steps",
     x="optimizer step (8 notes each)",
     y="loss: mean −log p of a ticket's tokens",
     caption=f"kitchen tickets, embedded model, LoRA r16 on all linear layers, seed 0, this run; lowest loss {min(history.losses):.3f}",
@@ -454,7 +454,9 @@ assert same == len(undisturbed)
 # | a larger rank that still learns | `AdapterConfig(rank=64, rslora=True)` | scales by α/√r in place of α/r |
 # | fewer trained numbers | `AdapterConfig(targets=("q_proj", "v_proj"))` | the original paper's choice; learns less per step |
 # | to guard against overfitting | `AdapterConfig(dropout=0.05)` | drops inputs of the adapter, never of the base |
-# | half the memory | `TrainConfig(..., gradient_accumulation_steps=2)` | the same step, in two parts |
+# | volume and direction apart | `AdapterConfig(method="dora")` | one magnitude a row beside LoRA's two strips ([lab 3.1.2](lab-3.1.2-dora-comparison.ipynb)) |
+# | noise on the embeddings | `with neftune(model, 5): train(...)` | off again after the block ([lab 3.1.3](lab-3.1.3-neftune-magic.ipynb)) |
+# | half the activations | `TrainConfig(..., gradient_accumulation_steps=2)` | the same step, in two parts |
 # | another learning rate | `TrainConfig(..., learning_rate=2e-4)` | ten times less: right for 8B, slow for 135M |
 #
 # What each costs in parameters is computed here:
@@ -463,13 +465,14 @@ assert same == len(undisturbed)
 for config in (
     AdapterConfig(rank=16),
     AdapterConfig(rank=64, rslora=True),
+    AdapterConfig(method="dora", rank=16),
     AdapterConfig(rank=16, targets=("q_proj", "v_proj")),
 ):
     fresh = add_adapters(load_model()[0], config)
     count = sum(p.numel() for p in fresh.parameters() if p.requires_grad)
     scaling = next(m.scaling for m in fresh.modules() if hasattr(m, "scaling") and hasattr(m, "lora_A"))
     targets = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
-    print(f"r={config.rank:<3} {targets:<16} {count:>11,} parameters, scaled by {scaling:g}")
+    print(f"{config.method:<5} r={config.rank:<3} {targets:<16} {count:>11,} parameters, scaled by {scaling:g}")
 del fresh
 
 # %% [markdown]
@@ -494,8 +497,28 @@ for p in PROFILES.values():
     )
 
 # %% [markdown]
-# How long a step takes there is not written here, because we have not measured it there. How much memory 8B takes in full,
-# with LoRA and with QLoRA is planned in lab 3.1.5 (to come).
+# Does 8B fit? Count before you load. `plan_training` builds the model's true shape without its memory and adds up what a step
+# holds: weights, adapters, gradients, AdamW's moments, what backward needs. Rows of 2,048 tokens, one at a time, checkpointing;
+# the last column says whether it would fit this machine now, and a DGX Spark with nothing else on it.
+
+# %%
+from spark_ft.machine import DGX_SPARK, budget
+from spark_ft.memory import plan_training
+from spark_ft.shapes import known_config
+
+eight = known_config("Qwen3-8B")
+plans = {method: plan_training(eight, method, length=2048) for method in ("full", "lora", "qlora")}
+print(f"{'GB':<14}" + "".join(f"{name:>18}" for name in ("weights", "trained: all of it", "the rest", "at the peak")) + "   fits here, a Spark")
+for method, plan in plans.items():
+    weights = sum(plan.terms[name] for name in ("linear layers", "embeddings and head", "norms"))
+    trained = sum(plan.terms[name] for name in ("adapters", "gradients", "optimizer moments"))
+    fits = [room.available is not None and plan.peak <= room.available for room in (budget(), DGX_SPARK)]
+    sizes = (weights, trained, plan.total - weights - trained, plan.peak)
+    print(f"8B, {method:<10}" + "".join(f"{size / 1e9:>18.1f}" for size in sizes) + f"   {' and '.join('yes' if fit else 'no' for fit in fits)}")
+
+# %% [markdown]
+# How long a step takes there is not written here, because we have not measured it there. Where each number comes from, and how
+# near such a plan is to a measurement, is the subject of [lab 3.1.5](lab-3.1.5-70b-qlora-finetuning.ipynb).
 #
 # ## Common mistakes
 #
