@@ -19,8 +19,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +31,13 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
+from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters, write_atomically
 from spark_ft.data import IGNORE, collate_sft, iter_records, packed_row, read_records, render, write_records
 from spark_ft.machine import measure
 from spark_ft.messages import quiet_known_messages
 from spark_ft.methods.lora import LoRALinear
-from spark_ft.models import ROOT, load_model
+from spark_ft.methods.nf4 import quantize_nf4
+from spark_ft.models import ROOT, embedded_folder, load_model, load_tokenizer
 from spark_ft.training import sft_loss
 
 TOLERANCE = 1e-5  # largest relative difference of the loss, fp32
@@ -289,27 +292,65 @@ def _completion_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-# ── row: one SFT step against TRL's SFTTrainer with PEFT ─────────────────────────────────────────────────────────────────
+# ── rows: one SFT step against TRL's SFTTrainer with PEFT ────────────────────────────────────────────────────────────────
 # Both sides get our token ids. Left to itself TRL would also score the newline that the template writes after the answer's
 # last token; a dataset that brings `input_ids` and `completion_mask` is taken as it is, and scores what ours does.
 
 SFT_ROWS, SFT_RANK, SFT_RATE, SFT_LENGTH, SFT_CLIP = 8, 16, 1e-4, 512, 1.0
+DROPOUT = 0.05
 
 
-def _sft_model():
-    model, tokenizer = load_model(dtype=torch.float32)
+def _sft_model(quantized: bool = False):
+    if quantized:
+        model, tokenizer = load_model(_four_bit_folder(), dtype=torch.float32)
+    else:
+        model, tokenizer = load_model(dtype=torch.float32)
     for parameter in model.parameters():
         parameter.sum()  # weights are mapped from disk: read them now, or the first step's memory would count them
-    records = read_records(ROOT / "data/kitchen_tickets/train.jsonl", "sft")[:SFT_ROWS]
-    return model, tokenizer, records
+    return model, tokenizer, _sft_records()
+
+
+def _sft_records() -> list[dict]:
+    return read_records(ROOT / "data/kitchen_tickets/train.jsonl", "sft")[:SFT_ROWS]
+
+
+@lru_cache
+def _four_bit_folder() -> Path:
+    """The embedded model as bitsandbytes quantizes it, saved: both sides then start from the same bytes."""
+    model, tokenizer = _bitsandbytes_model(embedded_folder())
+    folder = Path(tempfile.mkdtemp(prefix="spark-ft-bench-"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    weakref.finalize(_four_bit_folder, shutil.rmtree, folder)
+    return folder
+
+
+def _bitsandbytes_model(folder: Path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False  # else an eval forward repacks its weights, and gradients go wrong
+    return model, load_tokenizer(folder)
 
 
 def _fill_adapters(parameters: dict[str, Tensor]) -> None:
-    """The same values on both sides, B not zero: at its usual start every gradient of A is zero, and hides mistakes."""
+    """The same values on both sides, B not zero: at its usual start every gradient of A is zero, and hides mistakes.
+
+    DoRA's magnitudes stay as they are, the lengths of the rows.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name in sorted(parameters):
-            parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=generator))
+            if "magnitude" not in name:
+                parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=generator))
 
 
 def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -320,11 +361,24 @@ def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return taken
 
 
-def _sft_ours() -> Side:
-    model, tokenizer, records = _sft_model()
-    add_adapters(model, AdapterConfig(rank=SFT_RANK)).train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _fill_adapters(parameters)
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Two libraries draw their masks in different orders, so the sides are compared without, and timed with them."""
+    layers = [(m, "dropout") for m in model.modules() if isinstance(m, LoRALinear)]
+    layers += [(m, "p") for m in model.modules() if isinstance(m, nn.Dropout)]
+    before = [getattr(*layer) for layer in layers]
+    for layer, name in layers:
+        setattr(layer, name, 0.0)
+    try:
+        yield
+    finally:
+        for (layer, name), value in zip(layers, before, strict=True):
+            setattr(layer, name, value)
+
+
+def _our_step(model: nn.Module, tokenizer, records: list[dict], compared: Callable[[str], bool] = lambda name: True) -> Side:
+    """The step of `train` on a model with adapters, ours or not."""
+    parameters = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     batch = {key: value.to(model.device) for key, value in collate_sft(records, tokenizer, SFT_LENGTH).items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=SFT_RATE, weight_decay=0.0, fused=True)
 
@@ -341,16 +395,42 @@ def _sft_ours() -> Side:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Side(step, lambda: (backward(), _gradients(parameters)))
+    def loss_and_gradient() -> tuple[float, dict[str, Tensor]]:
+        with _without_dropout(model):
+            return backward(), {name: g for name, g in _gradients(parameters).items() if compared(name)}
+
+    return Side(step, loss_and_gradient)
 
 
-def _sft_theirs() -> Side:
-    import datasets
+def _sft_ours(method: str = "lora", dropout: float = 0.0, quantized: bool = False) -> Side:
+    model, tokenizer, records = _sft_model(quantized)
+    add_adapters(model, AdapterConfig(method, rank=SFT_RANK, dropout=dropout)).train()
+    _fill_adapters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    return _our_step(model, tokenizer, records)
+
+
+def _lora_config(method: str, dropout: float):
     from peft import LoraConfig
+
+    return LoraConfig(
+        r=SFT_RANK,
+        lora_alpha=32,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        use_dora=method == "dora",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = False) -> Side:
+    import datasets
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer, records = _sft_model()
-    model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces
+    if quantized:
+        (model, tokenizer), records = _bitsandbytes_model(_four_bit_folder()), _sft_records()
+    else:
+        model, tokenizer, records = _sft_model()
+        model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces
     dataset = datasets.Dataset.from_list(
         [
             {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
@@ -372,9 +452,11 @@ def _sft_theirs() -> Side:
         max_grad_norm=SFT_CLIP,
         dataloader_pin_memory=False,
     )
-    lora = LoraConfig(r=SFT_RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = _lora_config(method, dropout)
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     parameters = {_our_name(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for p in parameters.values():
+        p.data = p.data.float()  # on a 4-bit model TRL makes adapters bf16
     _fill_adapters(parameters)
     batch = next(iter(trainer.get_train_dataloader()))
     if _scored(batch) != _scored(collate_sft(records, tokenizer, SFT_LENGTH)):
@@ -391,11 +473,16 @@ def _sft_theirs() -> Side:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Side(step, lambda: (backward(), _gradients(parameters)))
+    def loss_and_gradient() -> tuple[float, dict[str, Tensor]]:
+        with _without_dropout(trainer.model):
+            return backward(), _gradients(parameters)
+
+    return Side(step, loss_and_gradient)
 
 
 def _our_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+    name = name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "magnitude")
+    return name.removesuffix(".weight").removesuffix(".default")
 
 
 def _scored(batch: dict[str, Tensor]) -> list:
@@ -409,6 +496,34 @@ def _sft_work() -> tuple[int, Gemms]:
     batch = collate_sft(records, tokenizer, SFT_LENGTH)
     add_adapters(model, AdapterConfig(rank=SFT_RANK))
     return step_flops(model, batch), step_gemms(model, batch)
+
+
+# ── rows: what DoRA costs: PEFT's layers under our step, and our own LoRA ────────────────────────────────────────────────
+
+
+def _peft_layers(dropout: float = 0.0) -> Side:
+    """Our step, packed rows and all, with PEFT's DoRA layers in the place of ours."""
+    from peft import inject_adapter_in_model
+
+    model, tokenizer, records = _sft_model()
+    inject_adapter_in_model(_lora_config("dora", dropout), model).train()
+    _fill_adapters({_our_name(name): p for name, p in model.named_parameters() if p.requires_grad})
+    return _our_step(model, tokenizer, records)
+
+
+def _at_rest(name: str) -> bool:
+    return not name.endswith("magnitude")
+
+
+def _dora_as_lora() -> Side:
+    """DoRA with each magnitude at its norm, where it computes what LoRA does, and A and B have the same gradients."""
+    model, tokenizer, records = _sft_model()
+    add_adapters(model, AdapterConfig("dora", rank=SFT_RANK)).train()
+    _fill_adapters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.magnitude.copy_(layer.norm())
+    return _our_step(model, tokenizer, records, compared=_at_rest)
 
 
 # ── rows: one LoRA layer against PEFT's ──────────────────────────────────────────────────────────────────────────────────
@@ -462,20 +577,28 @@ def _layer_work(in_features: int, out_features: int) -> tuple[int, Gemms]:
     return LAYER_TOKENS * (4 * base + 6 * adapter), {(LAYER_TOKENS, in_features, out_features): 1}
 
 
-def _small_ours() -> Side:
-    return _layer_ours(576, 1536)
+# ── row: an NF4 weight dequantized ───────────────────────────────────────────────────────────────────────────────────────
+
+NF4_SHAPE = (8192, 8192)  # the query's weight of a 70B layer
 
 
-def _small_theirs() -> Side:
-    return _layer_theirs(576, 1536)
+def _nf4_weight() -> Tensor:
+    return torch.randn(NF4_SHAPE, generator=torch.Generator().manual_seed(2)).to(_device())
 
 
-def _large_ours() -> Side:
-    return _layer_ours(2048, 2048)
+def _dequantizing(dequantize: Callable[[], Tensor]) -> Side:
+    return Side(dequantize, lambda: ((w := dequantize()).double().abs().sum().item(), {"weight": w}))
 
 
-def _large_theirs() -> Side:
-    return _layer_theirs(2048, 2048)
+def _nf4_ours() -> Side:
+    return _dequantizing(quantize_nf4(_nf4_weight(), double_quant=False).dequantize)
+
+
+def _nf4_theirs() -> Side:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(_nf4_weight(), blocksize=64, compress_statistics=False, quant_type="nf4")
+    return _dequantizing(lambda: dequantize_4bit(packed, state))
 
 
 # ── row: a million records read one by one, each checked, against `datasets` ────────────────────────────────────────────
@@ -520,38 +643,96 @@ def _read_theirs(count: int = READ_ROWS) -> Side:
     return _reading(lambda path: load_dataset("json", data_files=str(path), split="train", streaming=True).__iter__, count)
 
 
+_TICKETS = f"one SFT step, {SFT_ROWS} kitchen tickets"
+_LAYER = f"{LAYER_TOKENS} tokens, forward and backward; theirs PEFT"
+
+
+def _no_products() -> tuple[int, Gemms]:
+    return 0, {}
+
+
 ROWS = {
     row.name: row
     for row in (
         Row(
             "sft-step",
-            f"one SFT step, {SFT_ROWS} kitchen tickets, LoRA r{SFT_RANK} on all linear layers, AdamW; theirs SFTTrainer + PEFT",
+            f"{_TICKETS}, LoRA r{SFT_RANK} on all linear layers, AdamW; theirs SFTTrainer + PEFT",
             _sft_ours,
             _sft_theirs,
             _sft_work,
         ),
         Row(
+            "dora-step",
+            "the same step with DoRA; theirs SFTTrainer + PEFT",
+            partial(_sft_ours, "dora"),
+            partial(_sft_theirs, "dora"),
+            _sft_work,
+        ),
+        Row(
+            "dora-dropout",
+            f"the same with dropout {DROPOUT}, compared without it",
+            partial(_sft_ours, "dora", DROPOUT),
+            partial(_sft_theirs, "dora", DROPOUT),
+            _no_products,
+        ),
+        Row(
+            "dora-layers",
+            "our step with DoRA; theirs the same step with PEFT's DoRA layers in it",
+            partial(_sft_ours, "dora"),
+            _peft_layers,
+            _sft_work,
+        ),
+        Row(
+            "dora-layers-dropout",
+            f"the same with dropout {DROPOUT}, compared without it",
+            partial(_sft_ours, "dora", DROPOUT),
+            partial(_peft_layers, DROPOUT),
+            _no_products,
+        ),
+        Row(
+            "dora-over-lora",
+            "our step with DoRA; «theirs» our own with LoRA",
+            _dora_as_lora,
+            _sft_ours,
+            _sft_work,
+        ),
+        Row(
+            "qlora-step",
+            f"{_TICKETS}, LoRA r{SFT_RANK} on NF4 layers; theirs SFTTrainer + PEFT + bitsandbytes, from the same bytes",
+            partial(_sft_ours, quantized=True),
+            partial(_sft_theirs, quantized=True),
+            _sft_work,
+        ),
+        Row(
             "lora-layer",
-            f"one LoRA r{LAYER_RANK} layer 576→1536, {LAYER_TOKENS} tokens, forward and backward; theirs PEFT",
-            _small_ours,
-            _small_theirs,
-            lambda: _layer_work(576, 1536),
+            f"one LoRA r{LAYER_RANK} layer 576→1536, {_LAYER}",
+            partial(_layer_ours, 576, 1536),
+            partial(_layer_theirs, 576, 1536),
+            partial(_layer_work, 576, 1536),
             repeats=20,
         ),
         Row(
             "lora-layer-2048",
-            f"one LoRA r{LAYER_RANK} layer 2048→2048, {LAYER_TOKENS} tokens, forward and backward; theirs PEFT",
-            _large_ours,
-            _large_theirs,
-            lambda: _layer_work(2048, 2048),
+            f"one LoRA r{LAYER_RANK} layer 2048→2048, {_LAYER}",
+            partial(_layer_ours, 2048, 2048),
+            partial(_layer_theirs, 2048, 2048),
+            partial(_layer_work, 2048, 2048),
             repeats=10,
+        ),
+        Row(
+            "nf4-dequantize",
+            f"an NF4 weight of {NF4_SHAPE[0]}×{NF4_SHAPE[1]} to fp32; theirs bitsandbytes",
+            _nf4_ours,
+            _nf4_theirs,
+            _no_products,
+            repeats=3,
         ),
         Row(
             "read-records",
             f"{READ_ROWS:,} rows of a JSONL file read one by one, each checked; theirs datasets, streaming, which checks none",
             _read_ours,
             _read_theirs,
-            lambda: (0, {}),
+            _no_products,
             records=READ_ROWS,
         ),
     )
