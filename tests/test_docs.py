@@ -11,11 +11,15 @@ from dataclasses import fields
 from functools import cache
 
 import pytest
+import torch
 
 import spark_ft
+from spark_ft import memory
 from spark_ft.cli import COMMANDS
 from spark_ft.data import read_records
+from spark_ft.memory import plan_training
 from spark_ft.models import PROFILES, ROOT
+from spark_ft.shapes import known_config
 
 PAGES = ("README.md", "ELI5.md", "QUICK_REFERENCE.md", "CHANGELOG.md")
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
@@ -199,6 +203,36 @@ def test_counted_numbers_of_the_eli5_page_are_right():
     rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
     assert f"{sum(map(float, rows)):.0f}" == "46"
     assert "about 46 GB for rows of 2,048" in page
+
+
+def test_the_qlora_table_of_the_eli5_page_is_the_plan():
+    """Term by term, with whole matrices unpacked as bitsandbytes does; the sums for other lengths and settings too."""
+    shape = known_config("Llama-3.3-70B")
+    half = {"adapter_dtype": torch.bfloat16, "whole_matrices": True}
+    short, plan = (plan_training(shape, "qlora", length=length, **half) for length in (512, 2048))
+    terms = [
+        (memory.LINEAR,),
+        (memory.EMBEDDINGS,),
+        (memory.ADAPTERS, memory.GRADIENTS, memory.MOMENTS),
+        (memory.CHECKPOINTS,),
+        (memory.RECOMPUTED, memory.DEQUANTIZED),
+        (memory.CONTEXT,),
+        (memory.PASSING, memory.LOGITS),
+    ]
+    page = read("ELI5.md")
+    rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
+    assert rows == [f"{sum(plan.terms[name] for name in names) / 1e9:.1f}" for names in terms]
+    assert (
+        f"about {short.total / 1e9:.0f} GB for rows of 512 tokens, and about {plan.total / 1e9:.0f} GB for rows of 2,048"
+        in page
+    )
+    full = plan_training(shape, "qlora", length=2048, **{**half, "adapter_dtype": torch.float32})
+    notes = [sum(p.terms[name] for name in terms[2]) for p in (plan, full)]
+    assert f"in fp32 the notes take {(notes[1] - notes[0]) / 1e9:.1f} GB more" in page
+    said = [int(gb) for gb in re.search(r"logits, about (\d+) and (\d+) GB in all", page).groups()]
+    usual = {"dtype": torch.float32, "whole_matrices": True, "logit_rows": None}
+    counted = [plan_training(shape, "qlora", length=length, **usual).peak / 1e9 for length in (512, 2048)]
+    assert said == pytest.approx(counted, rel=0.03)
 
 
 def test_names_in_the_eli5_glossary_exist():
