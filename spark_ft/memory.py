@@ -156,7 +156,8 @@ def plan_training(
         held[ADAPTERS] = numbers * adapter_dtype.itemsize * _remembered(device)
     if full and task == "preference":
         held[REFERENCE] = sum(held.values())
-    largest = max(p.numel() for name, p in model.named_parameters() if name.endswith(("up_proj.weight", "up_proj.base.weight")))
+    head = model.get_output_embeddings()
+    largest = max(x.in_features * x.out_features for x in model.modules() if hasattr(x, "in_features") and x is not head)
     rows = batch_size * (2 if task == "preference" else 1)
     terms, peak = _add_up(
         model,
@@ -175,7 +176,8 @@ def plan_training(
     settings = {
         "method": method,
         **({} if full else adapted),
-        "weights": _short(dtype),
+        "linear layers": "nf4" if quantized else _short(dtype),
+        "other weights": _short(dtype),
         "gradients": _short(gradient_dtype),
         "moments": f"{moments} × {_short(moment_dtype)}",
         "task": task,
@@ -192,7 +194,7 @@ def plan_training(
 def nf4_bytes(weights: int, double_quant: bool = True, block_size: int = 64) -> int:
     """Bytes of so many weights in NF4: 4 bits each, and a scale a block, in fp32, or in 8 bits with fp32 for 256 of them."""
     blocks = ceil(weights / block_size)
-    return ceil(weights / 2) + (blocks + 4 * ceil(blocks / 256) if double_quant else 4 * blocks)
+    return ceil(weights / 2) + (blocks + 4 * ceil(blocks / 256) + 4 if double_quant else 4 * blocks)  # + 4: their mean
 
 
 def _dequantized(largest: int, width: int, device: str) -> int:
@@ -377,8 +379,6 @@ def plan_step(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
     quantized = [module for module in model.modules() if isinstance(module, NF4Linear)]
     method = model.adapter_config.method if adapted else "full"
-    if method == "lora" and quantized:
-        method = "qlora"
     held, trained = _weigh(model, lambda tensor, kind: tensor.nbytes)
     if method == "dora":
         held[ADAPTERS] *= _remembered(model.device.type)
@@ -400,8 +400,11 @@ def plan_step(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_
         dequantized=_dequantized(largest, width, model.device.type),
         context=CUDA_CONTEXT_BYTES if model.device.type == "cuda" else 0,
     )
-    rows = len(tokens.lengths)
-    return MemoryPlan(terms, peak, {"method": method, "rows": rows, "tokens": tokens.computed, "checkpointing": checkpointing})
+    layers = "nf4" if quantized else _short(model.dtype)
+    tokens_at_once = {"rows": len(tokens.lengths), "tokens": tokens.computed}
+    return MemoryPlan(
+        terms, peak, {"method": method, "linear layers": layers, **tokens_at_once, "checkpointing": checkpointing}
+    )
 
 
 def _parts(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]]:
@@ -457,10 +460,10 @@ def fits(plan: MemoryPlan, room: MemoryBudget) -> str:
 
 def cut(plan: MemoryPlan) -> str:
     """The largest term of a plan that can be made smaller, and how."""
-    method, adapted = plan.settings["method"], plan.settings["method"] != "full"
+    adapted = plan.settings["method"] != "full"
     fewer = "compute fewer rows at once" if plan.settings["rows"] > 1 else "shorten the rows"
     how = {
-        LINEAR: 'load the model in 4 bits (quantize="nf4")' if method in ("lora", "dora") else "",
+        LINEAR: 'load the model in 4 bits (quantize="nf4")' if adapted and plan.settings["linear layers"] != "nf4" else "",
         GRADIENTS: "use a smaller rank" if adapted else "train adapters instead (add_adapters)",
         MOMENTS: "use a smaller rank" if adapted else "train adapters instead (add_adapters)",
         SAVED: "turn checkpointing on (model.activation_checkpointing_enable())",

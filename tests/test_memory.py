@@ -16,7 +16,7 @@ from spark_ft.cli import main as cli
 from spark_ft.data import IGNORE
 from spark_ft.machine import DGX_SPARK, GIB, MemoryBudget, budget, measure
 from spark_ft.memory import MemoryPlan, cut, fits, nf4_bytes, plan_step, plan_training, refuse_over_budget
-from spark_ft.methods.nf4 import DENSE
+from spark_ft.methods.nf4 import DENSE, NF4Linear, quantize_nf4
 from spark_ft.models import load_model, use_packed_attention
 from spark_ft.shapes import SHAPES, known_config
 from spark_ft.training import TrainConfig, sft_loss, train
@@ -50,8 +50,12 @@ def tiny(kind, layers, method="lora", packed=True, dtype=FP32, adapter_dtype=FP3
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     if packed:
         use_packed_attention(model)
+    if method == "qlora":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                model.set_submodule(name, NF4Linear.from_linear(module))
     if method != "full":
-        add_adapters(model, AdapterConfig(method, rank=3, targets=targets))
+        add_adapters(model, AdapterConfig(method.removeprefix("q"), rank=3, targets=targets))
         for p in model.parameters():
             p.data = p.data.to(adapter_dtype if p.requires_grad else dtype)
     return model.train()
@@ -59,7 +63,7 @@ def tiny(kind, layers, method="lora", packed=True, dtype=FP32, adapter_dtype=FP3
 
 def saved_bytes(model, rows) -> int:
     """Bytes of all memory that autograd keeps for backward, parameters not counted: what the plan is held to."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def keep(tensor):
@@ -83,7 +87,7 @@ def kept_a_layer(make, rows) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (BF16, BF16)], ids=["fp32", "mixed", "bf16"])
-@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_layer_keeps_what_the_plan_says_to_the_byte(kind, method, dtypes):
     measured, planned = kept_a_layer(lambda layers: tiny(kind, layers, method, True, *dtypes), batch())
@@ -99,7 +103,7 @@ def test_a_layer_keeps_what_the_plan_says_however_rows_are_computed(kind_of_batc
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "down_proj"), ("gate_proj",)], ids="+".join)
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_a_layer_keeps_only_what_its_adapters_want(method, targets):
     measured, planned = kept_a_layer(lambda layers: tiny("llama", layers, method, targets=targets), batch())
     assert measured == planned
@@ -128,8 +132,9 @@ def tensor_peak(step) -> int:
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (BF16, BF16)], ids=["fp32", "mixed", "bf16"])
-def test_backward_takes_a_recomputed_layer_and_what_passes_through_it(dtypes):
-    model = tiny("llama", 3, "lora", True, *dtypes, mlp=512)
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_backward_takes_a_recomputed_layer_and_what_passes_through_it(method, dtypes):
+    model = tiny("llama", 3, method, True, *dtypes, mlp=512)
     model.activation_checkpointing_enable()
     rows = batch(rows=4, length=128, learned=1)
     sft_loss(model, rows)[0].backward()
@@ -137,7 +142,7 @@ def test_backward_takes_a_recomputed_layer_and_what_passes_through_it(dtypes):
     loss = sft_loss(model, rows)[0]
     terms = plan_step(model, rows).terms
     gradient_of_output = terms[memory.CHECKPOINTS] / 4  # of which the plan counts one a layer and one more
-    planned = terms[memory.RECOMPUTED] + terms[memory.PASSING] + gradient_of_output
+    planned = terms[memory.RECOMPUTED] + terms[memory.PASSING] + gradient_of_output  # NF4 blocks this small are never the most
     assert tensor_peak(loss.backward) == pytest.approx(planned, rel=0.03)
 
 
@@ -231,13 +236,19 @@ def test_a_plan_without_the_embeddings_is_wrong():
     assert LLAMA_70B(whole_matrices=True).total - LLAMA_70B().terms[memory.EMBEDDINGS] != near(46)
 
 
-def test_nf4_bytes():
-    assert 8 * nf4_bytes(2**24) / 2**24 == 4 + 8 / 64 + 32 / (64 * 256)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(64, 64), (5, 13), (512, 300)])
+def test_nf4_bytes_are_those_of_an_nf4_tensor(shape, double_quant):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert nf4_bytes(weight.numel(), double_quant) == quantize_nf4(weight, double_quant=double_quant).nbytes
+
+
+def test_nf4_takes_4_127_bits_a_number_or_4_5():
+    assert 8 * nf4_bytes(2**24) / 2**24 == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-5)
     assert 8 * nf4_bytes(2**24, double_quant=False) / 2**24 == 4.5
-    assert nf4_bytes(65) == 33 + 2 + 4  # a byte half full, a block of one number, a scale for two scales
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_planned_shape_and_a_real_model_agree(method, checkpointing):
     """Up to RoPE's frequencies, which are buffers and always fp32."""
@@ -588,7 +599,8 @@ def test_pairs_are_planned_as_two_rows_with_their_prompt():
 
 def test_the_largest_term_that_can_be_cut():
     def plan(method, rows=2, **terms):
-        return MemoryPlan(terms, 0, {"method": method, "rows": rows})
+        layers = "nf4" if method == "qlora" else "bf16"
+        return MemoryPlan(terms, 0, {"method": method, "linear layers": layers, "rows": rows})
 
     assert cut(plan("lora", **{memory.LINEAR: 9, memory.LOGITS: 1})).endswith('load the model in 4 bits (quantize="nf4")')
     assert "logits" in cut(plan("qlora", **{memory.LINEAR: 9, memory.LOGITS: 1}))
