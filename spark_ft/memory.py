@@ -126,7 +126,7 @@ def plan_training(
     Raises:
         ValueError: the method or task is unknown, or the model is of another kind.
     """
-    for name, value, known in (("method", method, METHODS), ("task", task, TASKS)):
+    for name, value, known in (("method", method, METHODS), ("task", task, TASKS), ("device", device, ("cuda", "cpu"))):
         if value not in known:
             raise ValueError(f'{name}="{value}" is unknown; choose one of {", ".join(known)}')
     for name, number in (
@@ -199,7 +199,7 @@ def nf4_bytes(weights: int, double_quant: bool = True, block_size: int = 64) -> 
 
 def _dequantized(largest: int, width: int, device: str) -> int:
     """What `NF4Linear` needs for a block of its weight's rows: codes, numbers in fp32, and the block before."""
-    at_once = min(largest, DENSE[device])
+    at_once = min(largest, DENSE["cpu" if device == "cpu" else "cuda"])
     return at_once * (6 + (width if largest > at_once else 0))
 
 

@@ -314,6 +314,7 @@ def test_planning_draws_no_random_numbers():
     [
         ({"method": "prefix"}, 'method="prefix" is unknown; choose one of full, lora, dora, qlora'),
         ({"task": "rl"}, 'task="rl" is unknown; choose one of sft, preference'),
+        ({"device": "tpu"}, 'device="tpu" is unknown; choose one of cuda, cpu'),
         ({"length": 0}, "length is 0; it must be at least 1"),
         ({"targets": ("q_prj",)}, 'target "q_prj" matches no linear layer'),
     ],
