@@ -1,5 +1,5 @@
 # make lab    JupyterLab on the first lab          make labs   every lab, headless, and a table of results
-# make test   every test, notebooks included       make test-fast   the tests without notebooks
+# make test   every test, notebooks included       make test-fast   the tests without notebooks, two at a time
 # Each sets itself up first, in .venv; a second run finds that done. Settings:
 #   PYTHON=python3.12       the Python to make .venv with, 3.11 or newer
 #   TORCH_INDEX=https://…   one extra package index, for PyTorch's own CPU or CUDA wheels (README's platform table)
@@ -28,7 +28,7 @@ test: $(READY)
 	$(PY) -m pytest $(ARGS)
 
 test-fast: $(READY)
-	$(PY) -m pytest -m "not notebooks and not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not notebooks and not slow" $(ARGS)
 
 build: $(READY)
 	$(PY) -m spark_ft.lab.build $(ARGS)

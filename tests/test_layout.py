@@ -83,7 +83,11 @@ def test_nothing_reads_or_writes_pickles():
         assert not trusting, f"{name_of(path)} mentions trust_remote_code"
 
 
-@pytest.mark.parametrize("name", [name for name in spark_ft.__all__ if name != "__version__"])
+def test_constants_are_public_too():
+    assert spark_ft.NF4_CODE.shape == (16,)
+
+
+@pytest.mark.parametrize("name", [name for name in spark_ft.__all__ if name not in ("__version__", "NF4_CODE")])
 def test_every_public_name_imports_and_says_what_it_is(name):
     thing = getattr(spark_ft, name)
     assert thing.__module__.startswith("spark_ft.")
