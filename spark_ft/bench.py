@@ -317,7 +317,7 @@ def _sft_records() -> list[dict]:
 @lru_cache
 def _four_bit_folder() -> Path:
     """The embedded model as bitsandbytes quantizes it, saved: both sides then start from the same bytes."""
-    model, tokenizer = _bitsandbytes_model(embedded_folder())
+    model, tokenizer = bitsandbytes_model(embedded_folder())
     folder = Path(tempfile.mkdtemp(prefix="spark-ft-bench-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -325,7 +325,8 @@ def _four_bit_folder() -> Path:
     return folder
 
 
-def _bitsandbytes_model(folder: Path):
+def bitsandbytes_model(folder: Path):
+    """The model in a folder and its tokenizer, quantized to NF4 by bitsandbytes, computing in fp32."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -427,7 +428,7 @@ def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = Fa
     from trl import SFTConfig, SFTTrainer
 
     if quantized:
-        (model, tokenizer), records = _bitsandbytes_model(_four_bit_folder()), _sft_records()
+        (model, tokenizer), records = bitsandbytes_model(_four_bit_folder()), _sft_records()
     else:
         model, tokenizer, records = _sft_model()
         model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spark_ft.adapters import AdapterConfig, add_adapters
+from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
+from spark_ft.data import collate_sft
+from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
+from spark_ft.models import EMBEDDED, embedded_folder, load_model
+from spark_ft.training import sft_loss
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -177,3 +181,81 @@ def neftune_against_transformers(
         our_loss, our_gradient = step()
     pairs = {"noise": (our_noise, their_noise), "loss": (our_loss, their_loss), "gradient": (our_gradient, their_gradient)}
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
+
+
+def nf4_against_bitsandbytes(weight: Tensor, packed: Tensor, absmax: Tensor, dequantized: Tensor) -> dict[str, float]:
+    """A weight's NF4 bytes, scales and numbers against bitsandbytes' own, block 64, scales in fp32.
+
+    Returns:
+        shares of bytes and of scales that are equal, and the largest difference of a dequantized number.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    theirs, state = quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+    return {
+        "bytes equal": _share_equal(packed, theirs),
+        "scales equal": _share_equal(absmax, state.absmax),
+        "dequantized, at most": (dequantized - dequantize_4bit(theirs, state)).abs().max().item(),
+    }
+
+
+def double_quantization_against_bitsandbytes(weight: Tensor, ours: NF4Tensor) -> dict[str, float]:
+    """A doubly quantized weight against bitsandbytes' own.
+
+    Returns:
+        shares of bytes and of 8-bit scales that are equal, how far apart two of those codes are at most, and our mean error
+        as a multiple of theirs.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    theirs, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    errors = [(numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize_4bit(theirs, state))]
+    return {
+        "bytes equal": _share_equal(ours.packed, theirs),
+        "8-bit scales equal": _share_equal(ours.scale_codes, state.absmax),
+        "8-bit scales apart, at most": (ours.scale_codes.int() - state.absmax.int()).abs().max().item(),
+        "error, ours / theirs": (errors[0] / errors[1]).item(),
+    }
+
+
+def _share_equal(ours: Tensor, theirs: Tensor) -> float:
+    return (ours.view(-1) == theirs.view(-1)).float().mean().item()
+
+
+def qlora_against_peft(
+    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-3
+) -> dict[str, Any]:
+    """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT; each quantizes the weights itself.
+
+    Both start from the same adapters and see the same batches, in fp32, with AdamW.
+
+    Returns:
+        the share of 4-bit bytes that are equal, and the losses of each step, ours and theirs.
+    """
+    from peft import PeftModel
+
+    from spark_ft.bench import bitsandbytes_model
+
+    ours, tokenizer = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
+    theirs, _ = bitsandbytes_model(embedded_folder())
+    quantized = {name: layer.weight for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)}
+    bytes_equal = [_share_equal(weight.packed, theirs.get_submodule(name).weight) for name, weight in quantized.items()]
+    add_adapters(ours, AdapterConfig(rank=rank, alpha=2 * rank)).train()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = PeftModel.from_pretrained(theirs, str(save_adapters(ours, folder)), is_trainable=True).train()
+
+    def our_loss(batch: dict[str, Tensor]) -> Tensor:
+        total, count = sft_loss(ours, batch)
+        return total / count
+
+    losses = []
+    for model, loss in ((ours, our_loss), (theirs, lambda batch: theirs(**batch).loss)):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+        losses.append([])
+        for step in range(steps):
+            value = loss(collate_sft(records[step * batch_size : (step + 1) * batch_size], tokenizer))
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[-1].append(value.item())
+    return {"bytes equal": sum(bytes_equal) / len(bytes_equal), "ours": losses[0], "theirs": losses[1]}
