@@ -1,6 +1,7 @@
 """Checks of lab 3.1.6: conversion both ways, the mask of answers, near-duplicates, balanced lengths, splits by group."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -43,6 +44,7 @@ TEXTS = [
 def _sharegpt_rows() -> list[Row]:
     """Chats with and without a system turn, with two questions in a row, and with fields of their own."""
     rng, rows = _draw(), []
+    texts = itertools.cycle(rng.sample(TEXTS, len(TEXTS)))  # each comes at least once
     for speakers in (
         ["human", "gpt"],
         ["system", "human", "gpt", "human", "gpt"],
@@ -50,7 +52,7 @@ def _sharegpt_rows() -> list[Row]:
         ["system", "human", "gpt"],
         ["human", "gpt", "human", "gpt", "human", "gpt"],
     ):
-        turns = [{"from": who, "value": rng.choice(TEXTS)} for who in speakers]
+        turns = [{"from": who, "value": next(texts)} for who in speakers]
         rows.append({"id": rng.randrange(10**6), "conversations": turns, "tags": ["soup", rng.random()]})
     return rows
 
