@@ -1,0 +1,324 @@
+"""Checks of lab 3.1.5: each compares with numbers found by brute force or by the plan, and names the mistakes people make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark_ft.lab import parity
+from spark_ft.lab.checks import CheckFailed, check, require, require_close
+from spark_ft.memory import ADAPTERS, CHECKPOINTS, EMBEDDINGS, GRADIENTS, LINEAR, MOMENTS, plan_training
+from spark_ft.methods.nf4 import NF4_CODE
+from spark_ft.shapes import SHAPES, known_config
+
+# the first two neither symmetric nor evenly spaced: a level computed by a formula would be another one
+CODES = (NF4_CODE, torch.tensor([-1.0, -0.3, 0.0, 0.1, 0.55, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
+
+
+@check
+def check_quantize(answer: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> str:
+    """The nearest of all levels, tried one by one, after each block is scaled by its largest magnitude."""
+    for code in CODES:
+        for shape, size in (((8, 64), 64), ((6, 32), 16), ((4, 4), 8), ((24,), 4)):
+            weight = torch.randn(shape) * torch.logspace(-2, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+            blocks = weight.reshape(-1, size)
+            what = f"for a weight of {tuple(shape)} in blocks of {size} and a code of {len(code)} levels"
+            codes, absmax = _pair(_run(answer, what, weight.clone(), code, size), what)
+            _check_absmax(absmax, weight, blocks, what)
+            require(
+                codes.dtype == torch.uint8,
+                f"the codes {what} are {codes.dtype}: make them bytes, `.to(torch.uint8)`, or nothing is saved",
+            )
+            require(
+                codes.shape == blocks.shape,
+                f"the codes {what} have shape {tuple(codes.shape)}, but should be a row for each block, {tuple(blocks.shape)}",
+            )
+            require(
+                int(codes.max()) < len(code), f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}"
+            )
+            _check_nearest(codes, weight, blocks, code, what)
+    return "each number gets its nearest level, each block its own scale, for 3 codes and 4 shapes"
+
+
+def _pair(answer: Any, what: str) -> tuple[Tensor, Tensor]:
+    require(
+        isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(t, Tensor) for t in answer),
+        f"quantize {what} should return two tensors, (codes, absmax), not {type(answer).__name__}",
+    )
+    return tuple(answer)
+
+
+def _check_absmax(absmax: Tensor, weight: Tensor, blocks: Tensor, what: str) -> None:
+    largest = blocks.abs().amax(1)
+    mistakes = {
+        "one scale for the whole weight: each block has its own": weight.abs().max().expand(len(blocks)),
+        "the largest number, not the largest magnitude: a block of negative numbers has a large one too": blocks.amax(1),
+        "the mean magnitude; numbers beyond it would be cut off": blocks.abs().mean(1),
+        "the standard deviation; numbers beyond it would be cut off": blocks.std(1),
+        "from smallest to largest: the code runs from −1 to 1, so a block is divided by its largest magnitude": (
+            blocks.amax(1) - blocks.amin(1)
+        ),
+    }
+    if weight.dim() == 2:
+        columns = weight.T.reshape(-1, blocks.shape[1]).abs().amax(1)
+        mistakes["the blocks run down the columns; they are consecutive numbers of a row"] = columns
+    if absmax.dim() == 2 and absmax.shape[1] == 1:
+        raise CheckFailed(f"absmax {what} has shape {tuple(absmax.shape)}: one number a block is enough, ({len(blocks)},)")
+    require_close(absmax, largest, f"absmax {what}", mistakes)
+
+
+def _check_nearest(codes: Tensor, weight: Tensor, blocks: Tensor, code: Tensor, what: str) -> None:
+    scaled = (blocks.double() / blocks.abs().amax(1, keepdim=True)).unsqueeze(-1)
+    gaps = (scaled - code.double()).abs()
+    off = gaps.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+    if bool((off <= gaps.amin(-1) + 1e-6).all()):
+        return
+    steps = (len(code) - 1) / 2
+    mistakes = {
+        "the level below, not the nearest: on average that makes every number smaller": (code <= scaled).sum(-1) - 1,
+        "the level above, not the nearest": (code < scaled).sum(-1),
+        "equally spaced levels: look the level up in `code`": ((scaled.squeeze(-1) + 1) * steps).round().long(),
+        "the numbers are not scaled by their block's absmax before the nearest level is sought": (
+            (blocks.unsqueeze(-1) - code).abs().argmin(-1)
+        ),
+        "the codes are counted from the top": len(code) - 1 - gaps.argmin(-1),
+        "the numbers are scaled by the whole weight's largest magnitude": (
+            (blocks / weight.abs().max()).unsqueeze(-1) - code
+        ).abs().argmin(-1),
+    }  # fmt: skip
+    for message, wrong in mistakes.items():
+        # a tie or two may fall the other way
+        require((codes.long() != wrong.clamp(0, len(code) - 1)).float().mean() > 0.02, f"the codes {what}: {message}")
+    share = (off > gaps.amin(-1) + 1e-6).float().mean().item()
+    raise CheckFailed(f"{share:.0%} of the codes {what} are not the nearest level's")
+
+
+@check
+def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], Tensor]) -> str:
+    """Two codes a byte, the first in the high half; and back."""
+    for count in (4096, 64, 2):  # the longest first: in it no two mistakes look alike
+        codes = torch.randint(16, (count,), dtype=torch.uint8)
+        high, low = codes[::2].int(), codes[1::2].int()
+        packed = _run(pack, "pack", codes.clone())
+        what = f"packing {count} codes"
+        require(isinstance(packed, Tensor), f"{what} gives {type(packed).__name__}, not a tensor; is a return missing?")
+        require(packed.dtype == torch.uint8, f"{what} gives {packed.dtype}: a byte is torch.uint8")
+        require(
+            packed.shape == (count // 2,),
+            f"{what} gives shape {tuple(packed.shape)}, but two share a byte: ({count // 2},)",
+        )
+        half = count // 2
+        _same(
+            packed,
+            high * 16 + low,
+            what,
+            {
+                "the first of two codes goes into the high half; here it is in the low one": low * 16 + high,
+                "neighbours share a byte, codes 0 and 1, 2 and 3, …; not the first half with the second": (
+                    codes[:half].int() * 16 + codes[half:]
+                ),
+                "the high half is the first code times 16 (or << 4), and not times 10": high * 10 + low,
+                "the second code is lost": high * 16,
+                "the first code is lost": low,
+                "the halves overlap: shift the first code by 4 bits, not by 2": high * 4 + low,
+            },
+        )
+        back = _run(unpack, "unpack", (high * 16 + low).to(torch.uint8))
+        what = f"unpacking {count // 2} bytes"
+        require(isinstance(back, Tensor), f"{what} gives {type(back).__name__}, not a tensor; is a return missing?")
+        require(back.numel() == count, f"{what} gives {back.numel()} numbers, but each byte holds two codes: {count}")
+        require(back.shape == (count,), f"{what} gives shape {tuple(back.shape)}; flatten it to ({count},)")
+        require(back.dtype == torch.uint8, f"{what} gives {back.dtype}; codes are torch.uint8")
+        _same(
+            back,
+            codes.int(),
+            what,
+            {
+                "the low half comes first; the high one was packed first": torch.stack([low, high], 1).flatten(),
+                "all high halves, then all low ones; each byte's two codes belong side by side": torch.cat([high, low]),
+                "all low halves, then all high ones; each byte's two codes belong side by side": torch.cat([low, high]),
+                "the low half still carries the high one: keep its 4 bits with `& 15` (or `% 16`)": (
+                    torch.stack([high, high * 16 + low], 1).flatten()
+                ),
+                "the high half was masked and not shifted: `>> 4` (or `// 16`)": torch.stack([high * 16, low], 1).flatten(),
+            },
+        )
+    return "two codes a byte, the first in the high half, and back again, for 3 lengths"
+
+
+def _same(actual: Tensor, expected: Tensor, what: str, mistakes: dict[str, Tensor]) -> None:
+    if torch.equal(actual.int(), expected.int()):
+        return
+    for message, wrong in mistakes.items():
+        if torch.equal(actual.int(), wrong.int() % 256):
+            raise CheckFailed(f"{what}: {message}")
+    raise CheckFailed(f"{what}: {(actual.int() != expected.int()).float().mean():.0%} of it differ")
+
+
+@check
+def check_dequantize(answer: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]) -> str:
+    """The level of each code times its block's scale, in the weight's shape."""
+    for code in CODES:
+        for shape, size in (((8, 8), 8), ((6, 32), 16), ((24,), 4)):
+            blocks = torch.Size(shape).numel() // size
+            codes = torch.randint(len(code), (blocks, size), dtype=torch.uint8)
+            absmax = torch.rand(blocks) + 0.1
+            levels = code[codes.long()]
+            right = levels * absmax[:, None]
+            what = f"the weight of {tuple(shape)} from blocks of {size} and a code of {len(code)} levels"
+            mistakes = {
+                "the scales are forgotten": levels,
+                "the codes were not looked up in `code`": codes * absmax[:, None],
+                "divided by absmax; quantizing divided, so now it is multiplied": levels / absmax[:, None],
+                "equally spaced levels: look them up in `code`": (
+                    (codes / ((len(code) - 1) / 2) - 1) * absmax[:, None]
+                ),
+                "all blocks have the first one's scale": levels * absmax[0],
+            }  # fmt: skip
+            if blocks == size:
+                mistakes["the scales ran across the columns: absmax[:, None], one for each row of codes"] = levels * absmax
+                mistakes["transposed"] = right.T
+            got = _run(answer, what, codes, absmax, code, tuple(shape))
+            require_close(got, right.reshape(shape), what, {m: wrong.reshape(shape) for m, wrong in mistakes.items()})
+    return "each code's level times its block's scale, for 3 codes and 3 shapes"
+
+
+@check
+def check_bits(answer: Callable[[int, int | None], float]) -> str:
+    """4 bits, and a block's share of its scale, and of the scale's scale."""
+    for block, group in ((64, None), (64, 256), (32, None), (128, 256), (64, 16)):
+        got = answer(block, group)
+        require(got is not None, "bits_per_number returned None; is a return missing?")
+        one, two = 32 / block, 8 / block + (32 / (block * group) if group else 0)
+        right = 4 + (two if group else one)
+        wrong = {"4 bits are the codes alone: each block stores a scale too": 4.0}
+        if group:
+            wrong |= {
+                "the scales are in 8 bits now, not 32": 4 + one,
+                "the second level is forgotten: each group of scales has an fp32 scale of its own": 4 + 8 / block,
+                "the fp32 scale is one for a whole group of blocks, block_size · group numbers": 4 + 8 / block + 32 / group,
+                "both levels are counted in 32 bits; the first one is in 8": 4 + one + 32 / (block * group),
+                "the second-level scales are fp32, 32 bits, not 8": 4 + 8 / block + 8 / (block * group),
+                "scales of 8 bits and of 32 bits for every block": 4 + 8 / block + one,
+            }
+        else:
+            wrong |= {
+                "without double quantization a scale takes 32 bits, not 8": 4 + 8 / block,
+                "32 bits for every number: a scale is shared by block_size of them": 4 + 32.0,
+                "16 bits a scale; they are kept in fp32": 4 + 16 / block,
+            }
+        wrong["bytes, not bits"] = right / 8
+        given = f"{got} for block_size={block}, scales_per_group={group}"
+        if abs(got - right) > 1e-9:
+            for message, value in wrong.items():
+                require(abs(got - value) > 1e-9, f"{given}: {message}")
+        require(abs(got - right) <= 1e-9, f"{given}, but should be {right:.6f}")
+    return "codes, scales, and the scales' scales, for 5 settings"
+
+
+@check
+def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) -> str:
+    """The plan's own terms, which are counted on transformers' models."""
+    for name, rank, length in (
+        ("Llama-3.3-70B", 16, 2048),
+        ("Llama-3.1-8B", 64, 512),
+        ("Mistral-7B-v0.3", 8, 1000),
+    ):
+        _, hidden, mlp, layers, _, kv_heads, head, vocabulary, _ = SHAPES[name]
+        kv = kv_heads * head
+        shape = {"hidden": hidden, "mlp": mlp, "kv": kv, "layers": layers, "vocabulary": vocabulary}
+        what = f"for {name}, rank {rank}, {length} tokens"
+        terms = plan_training(known_config(name), "qlora", length=length, rank=rank, adapter_dtype=torch.bfloat16).terms
+        right = {
+            "linear layers": terms[LINEAR],
+            "embeddings and head": terms[EMBEDDINGS],
+            "notes": terms[ADAPTERS] + terms[GRADIENTS] + terms[MOMENTS],
+            "checkpoints": terms[CHECKPOINTS],
+        }
+        got = answer(shape, rank, length)
+        keys = f"qlora_terms should return a dict with the keys {', '.join(right)}"
+        require(isinstance(got, dict), f"{keys}, not {type(got).__name__}")
+        require(got.keys() == right.keys(), f"{keys}; it has {', '.join(map(str, got))}")
+        bits = 4 + 8 / 64 + 32 / (64 * 256)
+        attention, feed_forward = 2 * hidden * (hidden + kv), 3 * hidden * mlp
+        linear, ins_and_outs = attention + feed_forward, 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp)
+        stream = length * hidden * 2
+        wrong = {
+            "linear layers": {
+                "bits, not bytes: divide by 8": layers * linear * bits,
+                "4 bits are the codes alone; with their scales it is 4.127": layers * linear / 2,
+                "not doubly quantized: 4.127 bits, not 4.5": layers * linear * 4.5 / 8,
+                "2 bytes each: that is bf16, not NF4": layers * linear * 2,
+                "key and value are smaller: (kv, hidden), since several heads share them": (
+                    layers * (4 * hidden * hidden + feed_forward) * bits / 8
+                ),
+                "an MLP has three matrices: gate, up and down": layers * (attention + 2 * hidden * mlp) * bits / 8,
+                "attention has four matrices, and here only its query and output are counted": (
+                    layers * (2 * hidden * hidden + feed_forward) * bits / 8
+                ),
+                "the MLP is forgotten": layers * attention * bits / 8,
+                "the attention is forgotten": layers * feed_forward * bits / 8,
+                "that is one layer": linear * bits / 8,
+            },
+            "embeddings and head": {
+                "one table: the head has one of its own": vocabulary * hidden * 2,
+                "forgotten": 0,
+                "they are not in 4 bits, but in bf16": 2 * vocabulary * hidden * bits / 8,
+                "fp32; they are in bf16, 2 bytes": 8 * vocabulary * hidden,
+            },
+            "notes": {
+                "the notes alone; gradient and two moments come to them": layers * rank * ins_and_outs * 2,
+                "notes and gradients; two moments come to them": layers * rank * ins_and_outs * 4,
+                "one moment is forgotten: AdamW has two": layers * rank * ins_and_outs * 6,
+                "fp32; here all four are in bf16, 2 bytes each": layers * rank * ins_and_outs * 16,
+                "a note is A (rank, in) and B (out, rank), not rank × rank": layers * 7 * rank * rank * 8,
+                "that is one layer": rank * ins_and_outs * 8,
+                "key and value are smaller: (kv, hidden)": layers * rank * (8 * hidden + 3 * (hidden + mlp)) * 8,
+                "an MLP has three matrices": layers * rank * (ins_and_outs - hidden - mlp) * 8,
+            },
+            "checkpoints": {
+                "and the last layer's output: layers + 1 in all": layers * stream,
+                "bf16 has 2 bytes": (layers + 1) * stream / 2,
+                "fp32; activations are in bf16, 2 bytes": (layers + 1) * stream * 2,
+                "that is one layer": stream,
+                "a layer's input is hidden numbers wide, not mlp": (layers + 1) * length * mlp * 2,
+                "each of the tokens has an input: times the length": (layers + 1) * hidden * 2,
+            },
+        }
+        for term, value in right.items():
+            given = got[term]
+            require(
+                isinstance(given, int | float), f'"{term}" {what} is {type(given).__name__}, but should be a number of bytes'
+            )
+            if abs(given - value) <= 1e-4 * value:
+                continue
+            for message, mistake in wrong[term].items():
+                require(abs(given - mistake) > 1e-4 * mistake, f'"{term}" {what} is {given / 1e9:.3f} GB: {message}')
+            raise CheckFailed(f'"{term}" {what} is {given / 1e9:.3f} GB, but should be {value / 1e9:.3f}')
+    return "linear layers, embeddings and head, notes, checkpoints: as the plan counts them on 3 real shapes"
+
+
+@check
+def check_parity(quantize: Callable, pack: Callable, dequantize: Callable) -> str:
+    """Yours against bitsandbytes' own bytes, scales and numbers on the same weight."""
+    weight = torch.randn(192, 256)
+    codes, absmax = quantize(weight, NF4_CODE, 64)
+    packed, again = pack(codes.flatten()), dequantize(codes, absmax, NF4_CODE, tuple(weight.shape))
+    found = parity.nf4_against_bitsandbytes(weight, packed, absmax, again)
+    same, scales, difference = found.values()
+    require(same > 0.999, f"{same:.1%} of your bytes are bitsandbytes'")
+    require(scales == 1, f"{scales:.1%} of your scales are bitsandbytes'")
+    require(difference < 1e-5 or same < 1, f"dequantized, a number is {difference:.2g} off bitsandbytes'")
+    return f"{same:.2%} of your bytes and {scales:.0%} of your scales are bitsandbytes' own"
+
+
+def _run(answer: Callable, what: str, *arguments: object) -> Any:
+    """Call, and say on which input PyTorch complained."""
+    try:
+        return answer(*arguments)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        first = str(error).split("\n")[0]
+        raise CheckFailed(f"{what}: PyTorch says “{first}”") from None
