@@ -217,8 +217,9 @@ def preflight(name: str) -> None:
         OSError: says what is missing and how to mend it.
     """
     from huggingface_hub import HfApi, auth_check, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
+    http_error = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, by the hub's version; without a network it comes bare
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -229,7 +230,7 @@ def preflight(name: str) -> None:
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login` with a token of "
             "the same account; or take an open model (README, profiles)"
         ) from error
-    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
+    except (OSError, HFValidationError, http_error) as error:  # the hub's own errors are OSErrors
         raise OSError(_unreachable(name)) from error
     size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     cache = Path(constants.HF_HUB_CACHE)

@@ -455,9 +455,11 @@ def test_too_little_disk_is_told_before_anything_is_fetched(hub, monkeypatch):
 
 
 def test_an_unknown_or_unreachable_model_says_the_way_out_and_a_cached_one_passes(hub, monkeypatch):
+    import httpx2  # the hub's client
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-    for error in (hub_error(RepositoryNotFoundError), OfflineModeIsEnabled("offline")):
+    no_network = httpx2.ConnectError("Name or service not known")
+    for error in (hub_error(RepositoryNotFoundError), OfflineModeIsEnabled("offline"), no_network):
         hub.error = error
         with pytest.raises(OSError, match='no model could be read from "meta/70B"'):
             models.preflight("meta/70B")
