@@ -8,6 +8,7 @@ Every weight is drawn and quantized on the device, one tensor at a time. On an 8
 """
 
 import argparse
+import copy
 import datetime
 import json
 import sys
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
 from spark_ft.machine import measure
-from spark_ft.memory import plan_training
+from spark_ft.memory import CONTEXT, EMBEDDINGS, LOGITS, MOMENTS, MemoryPlan, plan_training
 from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
 from spark_ft.models import ROOT
 from spark_ft.shapes import known_config
@@ -112,6 +113,17 @@ def layer_step(layer: nn.Module, config, length: int, seed: int = 0) -> float:
     loss = out.float().square().mean()
     loss.backward()
     return loss.item()
+
+
+def plan_layer(config, length: int, dtype: torch.dtype = torch.float32, rank: int = 16, device: str = "cpu") -> MemoryPlan:
+    """The plan of `layer_step`: that of a model of one such layer, without embeddings, head, optimizer and CUDA context."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    settings = {"length": length, "completion": 1, "rank": rank, "dtype": dtype, "moments": 0, "device": device}
+    plan = plan_training(one, "qlora", **settings)
+    left_out = {EMBEDDINGS, LOGITS, MOMENTS, CONTEXT}
+    terms = {name: size for name, size in plan.terms.items() if name not in left_out}
+    return MemoryPlan(terms, plan.peak - plan.terms[EMBEDDINGS] - plan.terms[CONTEXT], plan.settings)
 
 
 class Allocated(TorchDispatchMode):
