@@ -230,7 +230,10 @@ def peak_extra_bytes(build: Callable[[], Side], steps: int = 2) -> int:
 
 
 def _start_process() -> None:
+    from transformers.utils import logging
+
     quiet_known_messages()
+    logging.disable_progress_bar()
 
 
 def _peak_of_steps(build: Callable[[], Side], steps: int, threads: int) -> int:
