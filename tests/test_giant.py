@@ -130,8 +130,9 @@ def test_the_plan_of_a_layer_leaves_its_config_as_it_was():
 TRUE_SIZE = """
 import torch
 from spark_ft.lab import giant
-from spark_ft.machine import held, measure
+from spark_ft.machine import free_at_once, measure
 
+free_at_once()
 small, one = giant.giant_config(1, "SmolLM2-135M"), giant.giant_config(1)
 giant.layer_step(giant.random_layer(small), small, 16)  # libraries load and make their workspaces
 with measure("cpu", anonymous=True) as making:

@@ -347,18 +347,14 @@ def test_a_plan_prints_terms_sum_and_settings():
 # --- this machine --------------------------------------------------------------------------------------------------
 # A process of its own loads and reads the model, trains it once on a few tokens (libraries load, workspaces are made), and
 # then trains two steps under `measure`. Weights and adapters are there before, so the plan's own count of them is added. glibc
-# is told to give freed memory back at once: left alone its heap keeps holes, and the process is a third to a half larger than
-# its tensors (embedded model, LoRA, 2 × 512 tokens: 1.9 GB for 1.4), four times as large with checkpointing.
-
-MMAP_THRESHOLD = -3  # of mallopt(3)
+# is told to give freed memory back at once: with holes in its heap, the process takes 1.9 GB for 1.4 (LoRA, 2 × 512 tokens), and
+# four times as much with checkpointing.
 
 
 def training(method, length):
-    import ctypes
-
     from spark_ft.bench import Side
 
-    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 65536)
+    machine.free_at_once()
     model = load_model(dtype=FP32, quantize="nf4" if method == "qlora" else None)[0]
     model.requires_grad_(True) if method == "full" else add_adapters(model, AdapterConfig(method.removeprefix("q")))
     for p in model.parameters():

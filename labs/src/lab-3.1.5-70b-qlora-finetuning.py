@@ -67,7 +67,7 @@ from spark_ft.lab.studies.lab_3_1_5 import (
     rounded,
     tune,
 )
-from spark_ft.machine import DGX_SPARK, GIB, MemoryBudget, budget, held, measure
+from spark_ft.machine import DGX_SPARK, GIB, MemoryBudget, budget, free_at_once, held, measure
 from spark_ft.memory import fits, plan_step, plan_training, refuse_over_budget
 from spark_ft.methods import nf4
 from spark_ft.methods.nf4 import NF4_CODE, NF4Linear, quantize_nf4
@@ -444,10 +444,14 @@ del tuned, in_bf16
 #
 # - **planned**: `plan_step` counts it from shapes, term by term,
 # - **counted**: every tensor that PyTorch makes during the step, followed until it is freed,
-# - **process**: what the operating system sees, workspaces and holes in the heap included.
+# - **process**: what the operating system sees, workspaces and leftovers of the allocator included.
+#
+# (The C library normally keeps freed memory for later, with holes in it, and a process then looks a third to a half larger than its tensors. From here on it is told to give
+# freed memory back at once. Steps get a little slower, and what is measured is what is used.)
 
 # %%
 del whole, embeddings, SOURCES
+free_at_once()
 with measure("cpu", anonymous=True) as loading:
     model = load_nf4(embedded_folder(), torch.float32, "cpu")
 loaded = held(CPU, anonymous=True) - loading.start
@@ -733,7 +737,7 @@ plots.show(
 
 # %% [markdown]
 # **How to read it.** The coloured terms add up to a little more than the black tick, the worst moment, since not all of them are there at once. White is what was measured on top of the layer itself. The process holds more than
-# its tensors: the maths library's workspaces, and freed memory that the allocator has not given back.
+# its tensors: the maths library's workspaces, for one.
 #
 # Eighty of these, the embeddings and the head are the model. And the time, honestly: 80 layers at this speed would be
 

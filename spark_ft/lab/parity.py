@@ -223,7 +223,7 @@ def _share_equal(ours: Tensor, theirs: Tensor) -> float:
 
 
 def qlora_against_peft(
-    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-3
+    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-4
 ) -> dict[str, Any]:
     """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT; each quantizes the weights itself.
 
