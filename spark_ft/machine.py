@@ -210,8 +210,8 @@ MMAP_THRESHOLD = -3  # of mallopt(3)
 def free_at_once() -> None:
     """From now on have the C allocator (glibc) return what is freed to the system at once, where it can.
 
-    Left alone it keeps a heap with holes, and a process is a third to a half larger than its tensors. A step takes longer, since
-    the pages of each new tensor come from the system again. Lasts as long as the process.
+    Left alone it keeps a heap with holes, and a process is a third to a half larger than its tensors. A step takes longer,
+    since the pages of each new tensor come from the system again. Lasts as long as the process.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(MMAP_THRESHOLD, 65536)

@@ -347,8 +347,8 @@ def test_a_plan_prints_terms_sum_and_settings():
 # --- this machine --------------------------------------------------------------------------------------------------
 # A process of its own loads and reads the model, trains it once on a few tokens (libraries load, workspaces are made), and
 # then trains two steps under `measure`. Weights and adapters are there before, so the plan's own count of them is added. glibc
-# is told to give freed memory back at once: with holes in its heap, the process takes 1.9 GB for 1.4 (LoRA, 2 × 512 tokens), and
-# four times as much with checkpointing.
+# is told to give freed memory back at once: with holes in its heap, the process takes 1.9 GB for 1.4 (LoRA, 2 × 512 tokens),
+# and four times as much with checkpointing.
 
 
 def training(method, length):
