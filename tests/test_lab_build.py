@@ -227,6 +227,4 @@ class TestBuiltNotebooks:
         assert headline_of(self.read(source, "solutions"))
 
     def test_learners_has_no_outputs(self, source):
-        assert all(
-            not c.outputs and c.execution_count is None for c in self.read(source).cells if c.cell_type == "code"
-        )
+        assert all(not c.outputs and c.execution_count is None for c in self.read(source).cells if c.cell_type == "code")

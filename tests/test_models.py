@@ -287,9 +287,7 @@ def saved(model, folder, tokenizer, **options):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(tmp_path, tiny_llama, embedded, tied, dtype):
-    folder = saved(
-        tiny_llama(tie_word_embeddings=tied, attention_bias=True), tmp_path, embedded[1], max_shard_size="20KB"
-    )
+    folder = saved(tiny_llama(tie_word_embeddings=tied, attention_bias=True), tmp_path, embedded[1], max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     whole, (model, _) = load_model(folder, dtype=dtype)[0], load_model(folder, dtype=dtype, quantize="nf4")
     linear = {name: m for name, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}

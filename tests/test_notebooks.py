@@ -130,9 +130,7 @@ def test_nbgrader_gives_a_solved_lab_all_points_an_unsolved_one_none_and_a_wrong
     # Three ways in which a lab comes back: done, half wrong, and as our own builder handed it out.
     for student, notebook in {"solved": solved, "wrong": wrong, "unsolved": learners(solved)}.items():
         build.write(notebook, course / "submitted" / student / "lab" / "lab.ipynb")
-    build.write(
-        nbformat.read(course / "release" / "lab" / "lab.ipynb", 4), course / "submitted/untouched/lab/lab.ipynb"
-    )
+    build.write(nbformat.read(course / "release" / "lab" / "lab.ipynb", 4), course / "submitted/untouched/lab/lab.ipynb")
 
     points = {}
     for student in ("solved", "wrong", "unsolved", "untouched"):

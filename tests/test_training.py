@@ -421,7 +421,7 @@ def test_without_progress_nothing_is_printed(capfd):
 # --- kill -9, and two processes ------------------------------------------------------------------------------------
 
 # Every run below is a process of its own (a fork of one that has torch loaded, to spare the seconds of importing it).
-RUNS = r'''
+RUNS = r"""
 import json, os, random, signal, sys, time
 from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -475,7 +475,7 @@ def fate(pid):
 
 def tensors(where):
     return load_file(where / "step-000040.safetensors")
-'''
+"""
 
 KILLS = r'''
 def hang(say):
@@ -538,7 +538,7 @@ print(json.dumps({
 }))
 '''
 
-TWO = r'''
+TWO = r"""
 import socket
 def alone():
     # without dropout: two processes draw their own masks
@@ -566,7 +566,7 @@ read = lambda where, rank: json.loads((folder / where / f"history-{rank}.json").
 print(json.dumps({"worlds": [(folder / f"world-{r}").read_text() for r in (0, 1)], "distance": distance,
                   "one": read("one", 0), "two": [read("two", 0), read("two", 1)],
                   "files": sorted(p.name for p in (folder / "two").iterdir())}))
-'''
+"""
 
 
 def in_processes(tmp_path, script) -> dict:

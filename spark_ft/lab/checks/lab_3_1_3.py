@@ -22,9 +22,7 @@ def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *argume
     given, state = embeddings.clone(), torch.get_rng_state()
     out = answer(given, *arguments)
     require(isinstance(out, Tensor), f"{what} gave {type(out).__name__}, not a tensor; is a return missing?")
-    require(
-        out.shape == embeddings.shape, f"{what} gave shape {tuple(out.shape)}, but should give {tuple(embeddings.shape)}"
-    )
+    require(out.shape == embeddings.shape, f"{what} gave shape {tuple(out.shape)}, but should give {tuple(embeddings.shape)}")
     require(
         torch.equal(given, embeddings),
         f"{what} changed the embeddings in place; return a new tensor, embeddings + noise: others hold the old one",

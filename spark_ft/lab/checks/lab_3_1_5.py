@@ -34,9 +34,7 @@ def check_quantize(answer: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]
                 codes.shape == blocks.shape,
                 f"the codes {what} have shape {tuple(codes.shape)}, but should be a row for each block, {tuple(blocks.shape)}",
             )
-            require(
-                int(codes.max()) < len(code), f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}"
-            )
+            require(int(codes.max()) < len(code), f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}")
             _check_nearest(codes, weight, blocks, code, what)
     return "each number gets its nearest level, each block its own scale, for 3 codes and 4 shapes"
 
