@@ -230,9 +230,9 @@ checks.check_bits(bits_per_number)
 # %% [markdown]
 # ## The package's version
 #
-# The same, in pieces that fit the cache, for any shape, with double quantization. Its layer, `NF4Linear`, is frozen. Its product is the part to look at: forward
-# keeps **nothing** but the input's gradient path; backward needs $W$ again, and since $W$ is there in 4 bits anyway, it unpacks it a second time, some rows
-# at a time, and drops them again.
+# The same, in pieces that fit the cache, for any shape, with double quantization. Its layer, `NF4Linear`, is frozen. Its product is the part to look at. The forward
+# pass unpacks some rows at a time, multiplies, drops them, and keeps nothing for later. The backward pass needs $W$ again; it is still there in 4 bits, so its rows are
+# unpacked a second time.
 
 # %%
 print(inspect.getsource(nf4._NF4Product))
@@ -742,7 +742,7 @@ plots.show(
 # Eighty of these, the embeddings and the head are the model. And the time, honestly: 80 layers at this speed would be
 
 # %% tags=["experiment"]
-print(f"80 × {stepped_in:.1f} s = {80 * stepped_in / 60:.0f} minutes for one step on one row of 512 tokens on this processor. It would fit {'here' if room_here.available and plans[512].peak < room_here.available else 'no'}where, and be no use.")
+print(f"80 × {stepped_in:.1f} s = {80 * stepped_in / 60:.0f} minutes for one step on one row of 512 tokens, on this machine")
 
 # %% [markdown]
 # ## Before you start: what is free, what lies, when to stop
@@ -823,10 +823,7 @@ del large
 # %% [markdown]
 # ### How long on a DGX Spark?
 #
-# We have not measured it there, so here is what can be said without making a number up.
-#
-# - **A floor, counted.** The arithmetic of one step, divided by the rate of the chip. No software can be faster. NVIDIA's datasheet amounts to about 125 TFLOP/s dense bf16; 93 to 95 have been measured in attention kernels.
-# - **A report.** One run is known to us: 70B, QLoRA r8, 500 Alpaca rows in 1,805 s, 0.28 rows a second. It is not ours.
+# We have not measured it there, so here is what can be said without making a number up: **a floor**. The arithmetic of one step, divided by the rate of the chip. No software can be faster. NVIDIA's datasheet amounts to about 125 TFLOP/s dense bf16; 93 to 95 have been measured in attention kernels.
 
 # %%
 from spark_ft.bench import step_flops
@@ -843,12 +840,10 @@ for length in (512, 2048):
     floor[length] = {rate: (flops + again_flops) / (rate * 1e12) for rate in (125, 94)}
     print(f"S = {length}: {(flops + again_flops) / 1e12:.0f} TFLOP a step; at least {floor[length][125]:.1f} s at 125 TFLOP/s, {floor[length][94]:.1f} s at 94: "
           f"at most {length / floor[length][125]:.0f} tokens/s")  # fmt: skip
-rows_a_second = 500 / 1805
-print(f"reported: {rows_a_second:.2f} rows/s; {len(train_rows)} rows at that rate: {len(train_rows) / rows_a_second / 60:.0f} minutes")
 
 # %% [markdown]
-# A floor is not an estimate: unpacking 68 billion weights three times a step, and short rows that leave the chip idle, take their time. (Beware of tables that promise thousands of tokens a second for 70B on such a machine:
-# they multiply rows by their *padded* length.) On your own, the cell above gives an estimate from measured steps in a minute or two.
+# A floor is not an estimate: unpacking 68 billion weights three times a step, and short rows that leave the chip idle, take their time. (Beware of tables in tokens a second: they may multiply rows by their *padded* length.
+# Somebody who took 80,000 tokens a second for a 3B model from one [measured a tenth of the steps](https://github.com/NVIDIA/dgx-spark-playbooks/issues/29) that it promised.) On your own, the cell above gives an estimate from measured steps in a minute or two.
 #
 # ### All 80 layers on a GPU: stored measurements
 #
