@@ -53,7 +53,7 @@ clean:
 
 # The stamp goes first and comes back last, so a set-up that failed or was stopped is done again. A container that brings
 # its own CUDA build of PyTorch (NGC) keeps it: .venv sees the container's packages, and PyTorch is left unpinned.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt spark_ft/version.py
 	@rm -f $(READY)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "spark_ft needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
