@@ -83,3 +83,13 @@ def test_palette_is_told_apart_in_grey():
     for kind in (plots.LINE, plots.BAR):
         assert list(kind) == list(plots.COLORS)
     assert len({line["marker"] for line in plots.LINE.values()}) == len(plots.LINE)
+
+
+@pytest.mark.parametrize("width", [7.2, 9.5])
+def test_a_long_title_stays_inside_the_figure(width):
+    title = "Held-out loss with noise, less without: tickets: worse at 45; answers: better at 15, and at 45 " * 2
+    fig, _ = plots.figure(title, caption="three seeds", x="x", y="y", width=width)
+    fig.canvas.draw()
+    box = fig._suptitle.get_window_extent()
+    assert box.x1 <= fig.bbox.width
+    plt.close(fig)

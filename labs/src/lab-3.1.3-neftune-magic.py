@@ -411,7 +411,7 @@ assert torch.equal(package_reference, clean), "the reference must not depend on 
 
 shift = torch.stack(noisy_references)[:, 0] - clean[0]
 fig, ax = plots.figure(
-    "With transformers' hook on, the reference gives another answer each time it is asked",
+    "With transformers' hook on, a reference differs from call to call",
     x="pair",
     y="log-probability of the chosen answer,\nless the clean one (nats)",
     caption="embedded model, α = 5, fresh adapter switched off, no gradients, training mode; 4 calls on the same 4 pairs.",
@@ -497,7 +497,7 @@ checks.check_reference_logps(reference_logps)
 stored = {"tickets": load("neftune_tickets"), "answers": load("neftune_answers")}
 LIVE = 15
 tuned, history = study.tune(tickets, LIVE, seed=0)
-live = study.fit(tuned, tokenizer, tickets, held_out_tickets)
+live = study.held_out(tuned, tokenizer, held_out_tickets)
 del tuned
 print(f"alpha {LIVE}, seed 0: loss", " ".join(f"{loss:.2f}" for loss in history.losses[::6]))
 print(agrees(history.losses[:5], stored["tickets"].figures(0)[str(LIVE)]["losses"]))
@@ -523,11 +523,11 @@ def level(kind: str, run: int | str, key: str):
 untrained = level("tickets", "untrained", HELD).value  # no seed is in it but the choice of rows read
 gap = {alpha: level("answers", alpha, HELD).value - level("answers", alpha, READ).value for alpha in ALPHAS}
 fig, (left, right) = plots.figure(
-    f"Noise makes learning by heart harder: on answers, read against not read, the gap is {gap[0]:.1f} nats at α = 0 and {gap[45]:.1f} at 45",
+    f"Noise makes learning by heart harder: the answers' gap is {gap[0]:.1f} nats at α = 0, {gap[45]:.1f} at 45",
     x="α",
     columns=2,
     width=9.5,
-    caption=f"48 rows read four times, 64 held out, all losses without noise. Mean and 95% t interval. {stored['tickets'].origin()}. "
+    caption=f"48 rows read four times, 64 held out, all losses without noise. Gap: held-out loss less that of the rows read. Mean and 95% t interval. {stored['tickets'].origin()}. "
     "Diamond: the run you just made.",
 )
 for ax, kind in ((left, "tickets"), (right, "answers")):

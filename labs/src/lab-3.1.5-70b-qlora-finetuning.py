@@ -865,8 +865,9 @@ if not gpu_runs:
 #
 # - NF4 errs by about 7.3% of a standard deviation on a normal distribution, equal steps by 8.5%; on real weights the order is the same.
 # - Your bytes, the package's and bitsandbytes' are the same bytes.
-# - QLoRA starts from a slightly worse book and, after 20 steps of notes, ends close to LoRA. The table above says how close, with its interval.
-# - A merge to bf16 keeps what was learned. Put back into 4 bits, much of it is gone, and nothing warns you.
+# - QLoRA starts from a slightly worse book and, after 20 steps of notes, ends a little behind LoRA: by few hundredths of a nat out of two, which five seeds can tell from zero. Between
+#   NF4's levels and equal ones, where NF4 errs less on the weights, the same seeds can *not* tell who ends lower.
+# - A merge to bf16 keeps what was learned. Put back into 4 bits, nearly all of it is gone, and nothing warns you.
 # - The plan of a true-size 70B layer agrees with its tensors to a few percent, and the plan without embeddings does not agree with anything.
 # - 70B with QLoRA is a matter of 43 to 46 GB, of which the 4-bit weights are 35.
 #

@@ -83,7 +83,7 @@ def figure(
     fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained")
     for ax in fig.axes:
         ax.set(xlabel=x, ylabel=y)
-    fig.suptitle(textwrap.fill(title, int(width * 12)), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    fig.suptitle(textwrap.fill(title, int(width * 9.5)), x=0.01, ha="left", fontsize=12, fontweight="bold")
     fig.supxlabel(textwrap.fill(caption, int(width * 16)), x=0.01, ha="left", fontsize=8.5, color="#57606a")
     return fig, axes
 
