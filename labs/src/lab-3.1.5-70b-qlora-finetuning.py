@@ -459,17 +459,17 @@ tensors = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
 largest = max(p.nbytes for p in model.parameters())
 print(f"in NF4: tensors {tensors / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB (embeddings, fp32)")
 print(f"peak while loading {loading.extra / 1e6:.0f} MB, against a file of {(embedded_folder() / 'model.safetensors').stat().st_size / 1e6:.0f} MB; kept {loaded / 1e6:.0f} MB")
-two_tickets = sft_batches(train_rows, tokenizer, 2)(0)
+three_tickets = sft_batches(train_rows, tokenizer, 3)(0)
 
 
 def one_step(model) -> dict[str, float]:
-    """One AdamW step on two tickets: bytes planned, counted and taken by the process, the model's own included in each."""
+    """One AdamW step on three tickets: bytes planned, counted and taken by the process, the model's own included in each."""
     add_adapters(model, AdapterConfig(rank=16)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     own = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
-    plan = plan_step(model, two_tickets)
+    plan = plan_step(model, three_tickets)
     with measure("cpu") as process, giant.Allocated() as made:
-        total, count = sft_loss(model, two_tickets)
+        total, count = sft_loss(model, three_tickets)
         (total / count).backward()
         optimizer.step()
     return {"weights": own, "plan": plan, "planned": plan.peak, "counted": own + made.peak, "process": own + process.extra}
@@ -494,7 +494,7 @@ fig, (left, right) = plots.figure(
     columns=2,
     width=9.5,
     caption=f"left: mean and 95% t interval. {stored.origin()}; diamond: the run you just made; dashes: before training. Right: one step on "
-    "2 tickets, embedded model, fp32 but for NF4; counted from the tensors that were made.",
+    "3 tickets, embedded model, fp32 but for NF4; counted from the tensors that were made.",
 )
 for i, (weights, role) in enumerate(zip(SETTINGS["weights"], ("reference", "package", "other"), strict=True)):
     e = after[weights]
@@ -694,6 +694,7 @@ del layer
 measured = {"planned": layer_plan.peak, "counted": layer_tensors + counted.peak, "process": layer_tensors + process.extra}
 print(f"{weights / 1e6:.1f} M weights in {in_4_bits / 1e9:.4f} GB, made in {made_in:.1f} s, forward and backward in {stepped_in:.1f} s")
 print(f"peak while making it {making.extra / 1e9:.2f} GB: the layer and one fp32 tensor would be {(layer_tensors + largest) / 1e9:.2f} GB")
+print("(holes that earlier cells left in the heap are filled here, and count; a test makes the layer in a fresh process)")
 print(layer_plan)
 for name, size in measured.items():
     print(f"{name:<10}{size / 1e9:.3f} GB" + ("" if name == "planned" else f"   the plan is {layer_plan.peak / size - 1:+.1%} of it off"))
