@@ -32,33 +32,12 @@ def lora_against_peft(
     Returns:
         differences of the output, the gradients of x, A and B, and the merged weight.
     """
-    from peft import LoraConfig, get_peft_model
 
-    theirs_model = nn.Sequential(nn.Linear(96, 64))
-    base = copy.deepcopy(theirs_model[0])
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"])
-    theirs = get_peft_model(theirs_model, config).base_model.model[0]
-    ours = layer_type(base, rank, alpha, 0.0)
-    their_A, their_B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    with torch.no_grad():
-        their_B.normal_()
-        ours.lora_A.copy_(their_A)
-        ours.lora_B.copy_(their_B)
-    x, slope = torch.randn(2, 5, 96), torch.randn(2, 5, 64)
-    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, expected = ours(x_ours), theirs(x_theirs)
-    out.backward(slope)
-    expected.backward(slope)
-    merge(ours)
-    theirs.merge()
-    pairs = {
-        "output": (out.detach(), expected.detach()),
-        "gradient of x": (x_ours.grad, x_theirs.grad),
-        "gradient of A": (ours.lora_A.grad, their_A.grad),
-        "gradient of B": (ours.lora_B.grad, their_B.grad),
-        "merged weight": (ours.base.weight.detach(), theirs.get_base_layer().weight.detach()),
-    }
-    return {name: relative_difference(*pair) for name, pair in pairs.items()}
+    def merged(layer: nn.Module) -> Tensor:
+        merge(layer)
+        return layer.base.weight
+
+    return _against_peft(layer_type, merged, rank, alpha, dora=False)
 
 
 def dora_against_peft(
@@ -73,21 +52,29 @@ def dora_against_peft(
     Returns:
         differences of the output, the gradients of x, A, B and the magnitude, and the merged weight.
     """
+    return _against_peft(layer_type, merged, rank, alpha, dora=True)
+
+
+def _against_peft(
+    layer_type: type[nn.Module], merged: Callable[[nn.Module], Tensor], rank: int, alpha: float, dora: bool
+) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
 
     theirs_model = nn.Sequential(nn.Linear(96, 64))
     base = copy.deepcopy(theirs_model[0])
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"], use_dora=True)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"], use_dora=dora)
     theirs = get_peft_model(theirs_model, config).base_model.model[0]
     ours = layer_type(base, rank, alpha, 0.0)
-    their_A, their_B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    their_magnitude = theirs.lora_magnitude_vector["default"].weight
+    trained = {"A": (ours.lora_A, theirs.lora_A["default"].weight), "B": (ours.lora_B, theirs.lora_B["default"].weight)}
+    if dora:
+        trained["the magnitude"] = (ours.magnitude, theirs.lora_magnitude_vector["default"].weight)
     with torch.no_grad():
-        their_B.normal_(std=0.1)
-        their_magnitude.mul_(0.5 + torch.rand_like(their_magnitude))
-        ours.lora_A.copy_(their_A)
-        ours.lora_B.copy_(their_B)
-        ours.magnitude.copy_(their_magnitude)
+        trained["B"][1].normal_(std=0.1 if dora else 1.0)
+        if dora:
+            magnitude = trained["the magnitude"][1]
+            magnitude.mul_(0.5 + torch.rand_like(magnitude))
+        for mine, their in trained.values():
+            mine.copy_(their)
     x, slope = torch.randn(2, 5, 96), torch.randn(2, 5, 64)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, expected = ours(x_ours), theirs(x_theirs)
@@ -97,9 +84,7 @@ def dora_against_peft(
     pairs = {
         "output": (out.detach(), expected.detach()),
         "gradient of x": (x_ours.grad, x_theirs.grad),
-        "gradient of A": (ours.lora_A.grad, their_A.grad),
-        "gradient of B": (ours.lora_B.grad, their_B.grad),
-        "gradient of the magnitude": (ours.magnitude.grad, their_magnitude.grad),
+        **{f"gradient of {name}": (mine.grad, their.grad) for name, (mine, their) in trained.items()},
         "merged weight": (merged(ours).detach(), theirs.get_base_layer().weight.detach()),
     }
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
