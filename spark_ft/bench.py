@@ -583,7 +583,7 @@ def _layer_work(in_features: int, out_features: int) -> tuple[int, Gemms]:
 
 # ── row: an NF4 weight dequantized ───────────────────────────────────────────────────────────────────────────────────────
 
-NF4_SHAPE = (8192, 8192)  # the query's weight of a 70B layer
+NF4_SHAPE = (512, 8192)  # as many numbers as a product unpacks at a time; more would time the system's fresh pages
 
 
 def _nf4_weight() -> Tensor:
@@ -729,7 +729,7 @@ ROWS = {
             _nf4_ours,
             _nf4_theirs,
             _no_products,
-            repeats=3,
+            repeats=20,
         ),
         Row(
             "read-records",
