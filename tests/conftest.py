@@ -1,6 +1,8 @@
 """Settings of every test: no hub, no telemetry, the laptop profile; and the two known messages silenced, no others."""
 
 import os
+from itertools import count
+from zlib import crc32
 
 import pytest
 
@@ -15,6 +17,16 @@ def pytest_configure(config):
     # importing spark_ft.lab filters bitsandbytes' log message.
     config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")
     import spark_ft.lab  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def checks_draw_the_same_inputs_in_every_run(request, monkeypatch):
+    """A check draws other inputs each time; in the tests of the checks, other ones each time, but the same in every run."""
+    if request.module.__name__.startswith("test_checks_"):
+        import torch
+
+        seeds = count(crc32(request.node.nodeid.encode()))
+        monkeypatch.setattr(torch, "seed", lambda: torch.manual_seed(next(seeds)).initial_seed())
 
 
 @pytest.fixture(scope="session")
