@@ -103,6 +103,7 @@ class TestTiming:
 
 
 class TestMemory:
+    @pytest.mark.slow
     def test_sees_what_one_side_allocates(self):
         quiet, greedy = peak_extra_bytes(ours), peak_extra_bytes(allocate_200_mb)
         assert 190e6 < greedy < 260e6

@@ -175,6 +175,7 @@ def test_perplexity_of_nothing_is_refused(embedded):
 # --- generation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_and_left_padding_do_not_change_the_greedy_answers(embedded):
     model, tokenizer = embedded
     expected = []

@@ -308,6 +308,7 @@ def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(tmp_path,
     assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_in_4_bits_still_knows_and_keeps_its_generation_settings():
     model, tokenizer = load_model(quantize="nf4")
     assert generate(model, tokenizer, ["What is the capital of France? One word."], max_new_tokens=8)[0].startswith("The cap")
@@ -332,6 +333,7 @@ print(memory.extra, size, largest)
 """
 
 
+@pytest.mark.slow
 def test_reading_into_4_bits_holds_no_more_than_the_quantized_model_and_one_tensor():
     """In anonymous memory, over the start, in a process of its own; mapped files would not count, but none are mapped."""
     done = subprocess.run([sys.executable, "-c", STREAMED], capture_output=True, text=True, check=True)

@@ -84,6 +84,7 @@ def test_length_can_be_counted_in_tokens_or_words():
         length_baseline([pair(0, 3, 3)])
 
 
+@pytest.mark.slow
 def test_sampling_the_embedded_model_is_seeded_and_ends_its_answers(embedded):
     model, tokenizer = embedded
     prompts, settings = ["Hello", "Hi"], {"n": 4, "temperature": 0.7, "max_new_tokens": 12}  # answered in ten tokens, mostly
