@@ -130,16 +130,17 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         raise ValueError(f"block_size={block_size}; two numbers share a byte, so choose an even size, such as 64")
     if not weight.numel():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize")
-    packed, absmax = [], []
-    for part in weight.reshape(-1).split(CHUNK // block_size * block_size):
+    step = CHUNK // block_size * block_size
+    packed, absmax = weight.new_empty(-(-weight.numel() // 2), dtype=torch.uint8), []
+    for part, two_a_byte in zip(weight.reshape(-1).split(step), packed.split(step // 2), strict=True):
         blocks = F.pad(part.float(), (0, -len(part) % block_size)).view(-1, block_size)
         largest = blocks.abs().amax(1)
         if not largest.isfinite().all():
             raise ValueError("the weight holds nan or inf, which no code stands for; look where it comes from")
         codes = _nearest(blocks * (1 / largest)[:, None], NF4_CODE)
-        packed.append((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1)[: -(-len(part) // 2)])
+        two_a_byte.copy_((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1)[: len(two_a_byte)])
         absmax.append(largest)
-    packed, absmax = torch.cat(packed), torch.cat(absmax)
+    absmax = torch.cat(absmax)
     if not double_quant:
         return NF4Tensor(weight.shape, weight.dtype, block_size, packed=packed, absmax=absmax)
     offset = absmax.mean()
