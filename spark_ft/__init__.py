@@ -68,7 +68,15 @@ _HOME = {
     ),
     "pairs": ("balance_lengths", "judged_pairs", "length_baseline", "length_ratio", "sample"),
     "training": ("History", "TrainConfig", "sft_loss", "train"),
-    "evaluation": ("exact_match", "field_f1", "generate", "mean_interval", "perplexity", "wilson_interval"),
+    "evaluation": (
+        "exact_match",
+        "field_f1",
+        "generate",
+        "mean_interval",
+        "paired_difference",
+        "perplexity",
+        "wilson_interval",
+    ),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE)]

@@ -305,7 +305,7 @@ DROPOUT = 0.05
 
 def _sft_model(quantized: bool = False):
     if quantized:
-        model, tokenizer = load_model(_four_bit_folder(), dtype=torch.float32)
+        model, tokenizer = load_model(four_bit_folder(), dtype=torch.float32)
     else:
         model, tokenizer = load_model(dtype=torch.float32)
     for parameter in model.parameters():
@@ -318,19 +318,19 @@ def _sft_records() -> list[dict]:
 
 
 @lru_cache
-def _four_bit_folder() -> Path:
+def four_bit_folder() -> Path:
     """The embedded model as bitsandbytes quantizes it, saved: both sides then start from the same bytes."""
     model, tokenizer = bitsandbytes_model(embedded_folder())
     folder = Path(tempfile.mkdtemp(prefix="spark-ft-bench-"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weakref.finalize(_four_bit_folder, shutil.rmtree, folder)
+    weakref.finalize(four_bit_folder, shutil.rmtree, folder)
     return folder
 
 
 def bitsandbytes_model(folder: Path):
-    """The model in a folder and its tokenizer, quantized to NF4 by bitsandbytes, computing in fp32."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    """The model in a folder and its tokenizer; bitsandbytes quantizes it to NF4 unless it is. Computes in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -338,7 +338,8 @@ def bitsandbytes_model(folder: Path):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+    told = {} if hasattr(AutoConfig.from_pretrained(folder), "quantization_config") else {"quantization_config": settings}
+    model = AutoModelForCausalLM.from_pretrained(folder, **told, dtype=torch.float32)
     for layer in model.modules():
         if type(layer).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False  # else an eval forward repacks its weights, and gradients go wrong
@@ -431,7 +432,7 @@ def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = Fa
     from trl import SFTConfig, SFTTrainer
 
     if quantized:
-        (model, tokenizer), records = bitsandbytes_model(_four_bit_folder()), _sft_records()
+        (model, tokenizer), records = bitsandbytes_model(four_bit_folder()), _sft_records()
     else:
         model, tokenizer, records = _sft_model()
         model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces

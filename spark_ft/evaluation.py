@@ -27,6 +27,14 @@ class Estimate(NamedTuple):
     def percent(self) -> str:
         return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
 
+    def signed(self, digits: int = 3) -> str:
+        """With its sign, as one writes a difference."""
+        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+    def verdict(self, above: str, below: str) -> str:
+        """What the interval of a difference says in words: it lies above zero, below, or contains it."""
+        return above if self.low > 0 else below if self.high < 0 else "no measurable difference"
+
 
 @torch.no_grad()
 def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32) -> list[str]:
@@ -206,3 +214,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
         raise ValueError(f"{n} value has no interval; run at least two seeds, better three")
     half = t.ppf((1 + confidence) / 2, n - 1) * stdev(values) / math.sqrt(n)
     return Estimate(mean(values), mean(values) - half, mean(values) + half)
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The mean of `values − others`, run by run, with its t interval: what both runs of a pair share falls out.
+
+    Raises:
+        ValueError: fewer than two pairs, or a value without another.
+    """
+    return mean_interval([value - other for value, other in zip(values, others, strict=True)], confidence)

@@ -258,6 +258,13 @@ def test_shared_trigrams_right(capsys):
     passes(checks.check_shared_trigrams, capsys, lambda a, b: int(s) if (s := share(a, b)) in (0, 1) else s)
 
 
+def test_in_every_draw_the_first_text_has_more_pieces_in_some_pairs_and_fewer_in_others():
+    for seed in range(300):  # else "divided by the smaller" and "by the second" could not be told apart
+        sizes = [[len(set(grams(text))) for text in pair] for pair in checks._texts(random.Random(seed))]
+        assert any(a > b for a, b in sizes)
+        assert any(a < b for a, b in sizes)
+
+
 @pytest.mark.parametrize(
     ("mutant", "message"),
     [

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_ft.evaluation import Estimate, exact_match, field_f1, generate, mean_interval, perplexity, wilson_interval
+from spark_ft.evaluation import (
+    Estimate,
+    exact_match,
+    field_f1,
+    generate,
+    mean_interval,
+    paired_difference,
+    perplexity,
+    wilson_interval,
+)
 
 PROMPTS = [
     "What is the capital of France?",
@@ -113,6 +122,18 @@ def test_wilson_widens_with_confidence_and_refuses_what_is_no_proportion():
     for k, n in ((0, 0), (3, 2), (-1, 5)):
         with pytest.raises(ValueError):  # noqa: PT011 - three different sentences
             wilson_interval(k, n)
+
+
+def test_a_paired_difference_is_sure_where_two_intervals_overlap():
+    noisy, better = [1.0, 2.0, 3.0], [0.9, 1.89, 2.9]
+    assert mean_interval(noisy).low < mean_interval(better).high
+    d = paired_difference(noisy, better)
+    assert d == pytest.approx(mean_interval([0.1, 0.11, 0.1]))
+    assert (d.verdict("worse", "better"), Estimate(-1, -2, -0.1).verdict("worse", "better")) == ("worse", "better")
+    assert Estimate(0.1, -0.1, 0.3).verdict("worse", "better") == "no measurable difference"
+    assert Estimate(0.12345, -0.1, 0.3).signed(2) == "+0.12 [-0.10, +0.30]"
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1.0, 2.0], [1.0])
 
 
 def test_mean_interval_by_hand():

@@ -1,7 +1,6 @@
 """The true-size run, made small: two layers on the CPU, from the command line to the stored JSON; and what counts its bytes."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -127,30 +126,14 @@ def test_the_plan_of_a_layer_leaves_its_config_as_it_was():
     assert config.num_hidden_layers == 7
 
 
-TRUE_SIZE = """
-import torch
-from spark_ft.lab import giant
-from spark_ft.machine import free_at_once, measure
-
-free_at_once()
-small, one = giant.giant_config(1, "SmolLM2-135M"), giant.giant_config(1)
-giant.layer_step(giant.random_layer(small), small, 16)  # libraries load and make their workspaces
-with measure("cpu", anonymous=True) as making:
-    layer = giant.random_layer(one)
-own = sum({id(t): t.nbytes for t in (*layer.parameters(), *layer.buffers())}.values())
-with measure("cpu") as process, giant.Allocated() as made:
-    giant.layer_step(layer, one, 512)
-print(making.extra, own, own + made.peak, own + process.extra, giant.plan_layer(one, 512).peak)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone")
 def test_a_70b_layer_of_true_size_takes_what_is_planned():
     """In a process of its own: 5% of what its tensors take, 15% of what the process does; made with one tensor more at most."""
-    done = subprocess.run([sys.executable, "-c", TRUE_SIZE], capture_output=True, text=True, check=True)
-    making, own, counted, process, planned = map(int, done.stdout.split()[-5:])
-    print(", ".join(f"{name} {value / 1e9:.3f} GB" for name, value in locals().items() if isinstance(value, int)))
-    assert planned == pytest.approx(counted, rel=0.05)
-    assert planned == pytest.approx(process, rel=0.15)
-    assert making <= own + 8192 * 28672 * 4 + 100e6  # and what quantizing a piece of it takes
+    config = giant.giant_config(1)
+    found, planned = giant.measure_layer(config, 512), giant.plan_layer(config, 512).peak
+    print(f"planned {planned / 1e9:.3f} GB;", ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items()))
+    assert found["weights"] == 855_638_016
+    assert planned == pytest.approx(found["counted"], rel=0.05)
+    assert planned == pytest.approx(found["process"], rel=0.15)
+    assert found["making"] <= found["layer"] + 8192 * 28672 * 4 + 100e6  # and what quantizing a piece of it takes

@@ -51,7 +51,7 @@ from spark_ft import (
     train,
 )
 from spark_ft.adapters import adapted_layers
-from spark_ft.evaluation import mean_interval
+from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
@@ -518,11 +518,10 @@ for name, figures in (("before", base_figures), ("after, rank 16", live_figures)
 ranks = SETTINGS["ranks"]
 helped_up_to = ranks[0]
 for low, high in itertools.pairwise(ranks):
-    pairs = zip(stored.values(low, "held-out loss"), stored.values(high, "held-out loss"), strict=True)
-    fall = mean_interval([a - b for a, b in pairs])
-    verdict = f"rank {high} is better" if fall.low > 0 else f"rank {low} is better" if fall.high < 0 else "no measurable difference"
+    fall = paired_difference(stored.values(low, "held-out loss"), stored.values(high, "held-out loss"))
+    verdict = fall.verdict(f"rank {high} is better", f"rank {low} is better")
     helped_up_to = high if fall.low > 0 else helped_up_to
-    print(f"rank {low:>2} → {high:>2}: held-out loss falls by {fall.value:+.3f} [{fall.low:+.3f}, {fall.high:+.3f}]: {verdict}")
+    print(f"rank {low:>2} → {high:>2}: held-out loss falls by {fall.signed()}: {verdict}")
 
 # %% tags=["experiment"]
 sweep = {key: [mean_interval(stored.values(rank, key)) for rank in ranks] for key in base_figures}

@@ -48,6 +48,7 @@ from spark_ft import (
     add_adapters,
     load_model,
     mean_interval,
+    paired_difference,
     read_records,
     sft_batches,
     sft_loss,
@@ -490,23 +491,15 @@ print(f"the sum of the learning rates, about as far as AdamW can carry one numbe
 PAPER = {"full": -0.62, "LoRA r16": 0.83, "DoRA": -0.31}
 
 
-def pair(name: str, other: str, figure) -> tuple:
-    """The mean difference of a figure between two methods, seed by seed, and its 95% interval."""
-    return mean_interval([a - b for a, b in zip(figure(name), figure(other), strict=True)])
-
-
-def words(difference, more: str, less: str) -> str:
-    return more if difference.low > 0 else less if difference.high < 0 else "no measurable difference"
-
-
 paper_like = 0
 print(f"{'correlation':<30}{'here':<26}{'paper':<10}difference of artanh r, here")
 for kind, label in KINDS.items():
     for name, other in (("LoRA r16", "full"), ("DoRA", "full"), ("DoRA", "LoRA r16")):
-        d = pair(name, other, lambda n, kind=kind: [torch.atanh(torch.tensor(correlation(x))).item() for x in distances(n, kind)])
-        here, there = words(d, "higher", "lower"), "higher" if PAPER[name] > PAPER[other] else "lower"
+        on_scale = [[torch.atanh(torch.tensor(correlation(x))).item() for x in distances(n, kind)] for n in (name, other)]
+        d = paired_difference(*on_scale)
+        here, there = d.verdict("higher", "lower"), "higher" if PAPER[name] > PAPER[other] else "lower"
         paper_like += here == there
-        print(f"{f'{label}: {name} to {other}':<30}{here:<26}{there:<10}{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]")
+        print(f"{f'{label}: {name} to {other}':<30}{here:<26}{there:<10}{d.signed(2)}")
 print(f"{paper_like} of 6 comparisons go the paper's way")
 
 # %% [markdown]
@@ -552,9 +545,15 @@ METHODS = {
 }
 MEASURES = {"held-out loss": "lower is better", "token accuracy": "higher is better", "exact match": "higher is better"}
 scores = {(name, key): mean_interval(stored.values(name, key)) for name in METHODS for key in MEASURES}
+
+
+def difference(name: str, other: str, key: str = "held-out loss"):
+    return paired_difference(stored.values(name, key), stored.values(other, key))
+
+
 fig, ax = plots.figure(
     f"DoRA against LoRA of the same size, {SEEDS} seeds: "
-    + words(pair("DoRA", "LoRA r16", lambda n: stored.values(n, "held-out loss")), "DoRA is worse", "DoRA is better"),
+    + difference("DoRA", "LoRA r16").verdict("DoRA is worse", "DoRA is better"),
     x="held-out loss (nats per token), log scale",
     y="what trains",
     width=9.5,
@@ -593,19 +592,19 @@ verdicts = {}
 for key, direction in MEASURES.items():
     print(f"{key} ({direction})")
     for other in ("LoRA r16", "LoRA r17", "magnitude alone", "full"):
-        d = pair("DoRA", other, lambda name, key=key: stored.values(name, key))
-        better, worse = ("DoRA is better", "DoRA is worse")
-        verdicts[key, other] = words(d, worse, better) if key == "held-out loss" else words(d, better, worse)
-        print(f"   DoRA − {other:<16}{d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}]   {verdicts[key, other]}")
-d = pair("DoRA", "LoRA r16", lambda name: stored.values(name, "held-out loss"))
+        d = difference("DoRA", other, key)
+        more, less = ("worse", "better") if key == "held-out loss" else ("better", "worse")
+        verdicts[key, other] = d.verdict(f"DoRA is {more}", f"DoRA is {less}")
+        print(f"   DoRA − {other:<16}{d.signed(4)}   {verdicts[key, other]}")
+d = difference("DoRA", "LoRA r16")
 print(f"\nWhat these {SEEDS} seeds could have shown: a difference in held-out loss of {(d.high - d.low) / 2:.4f} or more, "
       f"which is {(d.high - d.low) / 2 / scores['LoRA r16', 'held-out loss'].value:.0%} of LoRA's loss.")  # fmt: skip
 
 # %% tags=["experiment"]
 control = "DoRA on shuffled answers"
-fails = pair(control, "DoRA", lambda name: stored.values(name, "held-out loss"))
+fails = difference(control, "DoRA")
 form = scores[control, "held-out loss"].value  # what the form alone brings
-share = pair("magnitude alone", control, lambda n: stored.values(n, "held-out loss")).value / -fails.value
+share = difference("magnitude alone", control).value / -fails.value
 print(f"magnitude alone goes {share:.0%} of the way from the control's loss, {form:.2f}, to DoRA's, {scores['DoRA', 'held-out loss'].value:.3f}")
 print(f"control: whole tickets right, seed by seed: {', '.join(f'{v:.0%}' for v in stored.values(control, 'exact match'))}")
 print(f"         held-out loss above that of DoRA on true answers by {fails.value:.2f} [{fails.low:.2f}, {fails.high:.2f}]")
@@ -874,10 +873,9 @@ for name, (hidden, mlp, kv, layers) in {"8B": (4096, 14336, 1024, 32), "70B": (8
 # ## The numbers of this lab
 
 # %% tags=["experiment"]
-difference = pair("DoRA", "LoRA r16", lambda name: stored.values(name, "held-out loss"))
 headline(
     {
-        "DoRA − LoRA r16, held-out loss": str(difference),
+        "DoRA − LoRA r16, held-out loss": difference("DoRA", "LoRA r16").signed(4),
         "verdict": verdicts["held-out loss", "LoRA r16"],
         "DoRA": scores["DoRA", "held-out loss"].value,
         "LoRA r16": scores["LoRA r16", "held-out loss"].value,

@@ -49,6 +49,7 @@ from spark_ft import (
     mean_interval,
     neftune,
     neftune_noise,
+    paired_difference,
     read_records,
     render,
     sequence_logps,
@@ -571,34 +572,26 @@ plots.show(
 # at the 95% interval of the differences. The verdicts follow one rule: an interval that contains zero is *no measurable difference*.
 
 # %% tags=["experiment"]
-MEASURES = [  # the set, the figure, its unit, and whether more of it is better (+1), worse (−1), or just more (0)
-    ("tickets", HELD, "nats", -1),
-    ("tickets", "exact match", "", +1),
-    ("answers", HELD, "nats", -1),
-    ("answers", "tokens an answer", "tokens", 0),
+MEASURES = [  # the set, the figure, its unit, and what more of it is called, and less
+    ("tickets", HELD, "nats", ("worse", "better")),
+    ("tickets", "exact match", "", ("better", "worse")),
+    ("answers", HELD, "nats", ("worse", "better")),
+    ("answers", "tokens an answer", "tokens", ("longer", "shorter")),
 ]
 
 
 def difference(kind: str, key: str, run: int | str, against: int | str = 0):
     """One figure of a run less the other run's, seed by seed: mean and 95% interval."""
-    pairs = zip(stored[kind].values(run, key), stored[kind].values(against, key), strict=True)
-    return mean_interval([a - b for a, b in pairs])
-
-
-def verdict(change, better: int) -> str:
-    if change.low <= 0 <= change.high:
-        return "no measurable difference"
-    more = change.low > 0
-    return ("better" if more == (better > 0) else "worse") if better else ("longer" if more else "shorter")
+    return paired_difference(stored[kind].values(run, key), stored[kind].values(against, key))
 
 
 changes, verdicts = {}, {}
-for kind, key, unit, better in MEASURES:
+for kind, key, unit, words in MEASURES:
     print(f"{kind}: {key}; without noise {level(kind, 0, key)}")
     for alpha in ALPHAS[1:]:
         change = changes[kind, key, alpha] = difference(kind, key, alpha)
-        verdicts[kind, key, alpha] = verdict(change, better)
-        print(f"   alpha {alpha:>2}: {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] {unit:<7}{verdicts[kind, key, alpha]}")
+        verdicts[kind, key, alpha] = change.verdict(*words)
+        print(f"   alpha {alpha:>2}: {change.signed()} {unit:<7}{verdicts[kind, key, alpha]}")
 print(f"answers that ran into the limit of {study.SETTINGS['max_new_tokens']} tokens: "
       + ", ".join(f"alpha {alpha} {level('answers', alpha, 'cut off').value:.0%}" for alpha in ALPHAS))  # fmt: skip
 print("answers in metric units and no others: " + ", ".join(f"alpha {alpha} {level('answers', alpha, 'metric').value:.0%}" for alpha in ALPHAS))
@@ -654,8 +647,8 @@ comparisons = {
 print("answers: held-out loss (nats per token)")
 for name, (run, against) in comparisons.items():
     change = changes[name] = difference("answers", HELD, run, against)
-    verdicts[name] = verdict(change, -1)
-    print(f"   {name:<62}{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] {verdicts[name]}")
+    verdicts[name] = change.verdict("worse", "better")
+    print(f"   {name:<62}{change.signed()} {verdicts[name]}")
 
 # %% [markdown]
 # **What you should see.**

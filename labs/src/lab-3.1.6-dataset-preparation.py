@@ -68,6 +68,7 @@ from spark_ft import (
     messages_to_alpaca,
     messages_to_chatml,
     messages_to_sharegpt,
+    paired_difference,
     pairs_to_thumbs,
     ratings_to_thumbs,
     read_records,
@@ -264,10 +265,8 @@ print(f"loss of {len(exchanges)} answers, nats a token; difference to the templa
 for way, values in losses.items():
     print(f"  {way:<36}{mean(values):.2f}", end="")
     if values is not right:
-        apart = mean_interval([a - b for a, b in zip(values, right, strict=True)])
-        sure = "worse" if apart.value > 0 else "better"
-        verdict = "no measurable difference" if apart.low <= 0 <= apart.high else sure
-        print(f"   {apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}] {verdict}", end="")
+        apart = paired_difference(values, right)
+        print(f"   {apart.signed(2)} {apart.verdict('worse', 'better')}", end="")
     print()
 
 # %% [markdown]
@@ -879,11 +878,8 @@ live_seconds = time.perf_counter() - started
 # %% tags=["experiment"]
 def against_clean(name: str, which: str, key: str):
     """The difference to the clean set, seed by seed, and in words what it shows."""
-    pairs = zip(stored.values(name, which, key), stored.values("clean", which, key), strict=True)
-    difference = mean_interval([a - b for a, b in pairs])
-    better, worse = ("higher", "lower") if key == "exact match" else ("worse", "better")
-    verdict = better if difference.low > 0 else worse if difference.high < 0 else "no measurable difference"
-    return difference, verdict
+    difference = paired_difference(stored.values(name, which, key), stored.values("clean", which, key))
+    return difference, difference.verdict(*(("higher", "lower") if key == "exact match" else ("worse", "better")))
 
 
 differences = {}
@@ -891,7 +887,7 @@ for key in ("exact match", "held-out loss"):
     for name in ("leaked", "wrong tickets"):
         for which in tests:
             differences[name, which, key] = d, verdict = against_clean(name, which, key)
-            change = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+            change = d.signed()
             print(f"{key:<14} {name:<14} − clean, on the {which:<15}{change}  {verdict}")
 
 # %% tags=["experiment"]

@@ -15,8 +15,10 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
-from spark_ft.machine import measure
+from spark_ft.machine import free_at_once, measure
 from spark_ft.memory import CONTEXT, EMBEDDINGS, LOGITS, MOMENTS, MemoryPlan, plan_training
 from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
 from spark_ft.models import ROOT
@@ -124,6 +126,45 @@ def plan_layer(config, length: int, dtype: torch.dtype = torch.float32, rank: in
     left_out = {EMBEDDINGS, LOGITS, MOMENTS, CONTEXT}
     terms = {name: size for name, size in plan.terms.items() if name not in left_out}
     return MemoryPlan(terms, plan.peak - plan.terms[EMBEDDINGS] - plan.terms[CONTEXT], plan.settings)
+
+
+def measure_layer(config, length: int) -> dict[str, float]:
+    """Make one layer of this shape in fp32 on the CPU and take it through `layer_step`, in a process of its own.
+
+    In a process that has computed before, what that left in the heap is filled first, and what is needed looks like more.
+
+    Returns:
+        "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak while it was made), and
+        "counted" and "process" (the step's peak as `Allocated` and the system see it, the layer included); "seconds making",
+        "seconds a step".
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(_layer_figures, config, length).result()
+
+
+def _layer_figures(config, length: int) -> dict[str, float]:
+    free_at_once()
+    small = giant_config(1, "SmolLM2-135M")
+    layer_step(random_layer(small), small, 16)  # libraries load and make their workspaces
+    started = time.perf_counter()
+    with measure("cpu", anonymous=True) as making:
+        layer = random_layer(config)
+    made = time.perf_counter()
+    quantized = [module.weight for module in layer.modules() if isinstance(module, NF4Linear)]
+    own = sum({id(t): t.nbytes for t in (*layer.parameters(), *layer.buffers())}.values())
+    begun = time.perf_counter()
+    with measure("cpu") as process, Allocated() as counted:
+        layer_step(layer, config, length)
+    return {
+        "weights": sum(weight.numel() for weight in quantized),
+        "in 4 bits": sum(weight.nbytes for weight in quantized),
+        "layer": own,
+        "making": making.extra,
+        "counted": own + counted.peak,
+        "process": own + process.extra,
+        "seconds making": made - started,
+        "seconds a step": time.perf_counter() - begun,
+    }
 
 
 class Allocated(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
 from spark_ft.data import collate_sft
 from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
-from spark_ft.models import EMBEDDED, embedded_folder, load_model
+from spark_ft.models import EMBEDDED, load_model
 from spark_ft.training import sft_loss
 
 
@@ -208,22 +208,24 @@ def _share_equal(ours: Tensor, theirs: Tensor) -> float:
 
 
 def qlora_against_peft(
-    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-4
+    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-3
 ) -> dict[str, Any]:
-    """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT; each quantizes the weights itself.
+    """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT.
 
-    Both start from the same adapters and see the same batches, in fp32, with AdamW.
+    Both start from the same 4-bit bytes and scales, a checkpoint that bitsandbytes wrote, and from the same adapters, and
+    see the same batches, in fp32, with AdamW.
 
     Returns:
-        the share of 4-bit bytes that are equal, and the losses of each step, ours and theirs.
+        the share of those bytes that spark_ft's own quantization gives too, and the losses of each step, ours and theirs.
     """
     from peft import PeftModel
 
-    from spark_ft.bench import bitsandbytes_model
+    from spark_ft.bench import bitsandbytes_model, four_bit_folder
 
-    ours, tokenizer = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
-    theirs, _ = bitsandbytes_model(embedded_folder())
-    quantized = {name: layer.weight for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)}
+    ours, tokenizer = load_model(str(four_bit_folder()), dtype=torch.float32)
+    theirs, _ = bitsandbytes_model(four_bit_folder())
+    by_us, _ = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
+    quantized = {name: layer.weight for name, layer in by_us.named_modules() if isinstance(layer, NF4Linear)}
     bytes_equal = [_share_equal(weight.packed, theirs.get_submodule(name).weight) for name, weight in quantized.items()]
     add_adapters(ours, AdapterConfig(rank=rank, alpha=2 * rank)).train()
     with tempfile.TemporaryDirectory() as folder:

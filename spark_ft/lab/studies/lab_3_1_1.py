@@ -61,9 +61,7 @@ def tune(rank: int, seed: int, steps: int = SETTINGS["steps"]) -> tuple[nn.Modul
     torch.manual_seed(seed)
     add_adapters(model, AdapterConfig(rank=rank, alpha=SETTINGS["alpha / rank"] * rank))
     batches = sft_batches(read_records(ROOT / TRAIN, "sft"), tokenizer, SETTINGS["batch_size"], seed)
-    config = TrainConfig(
-        steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False
-    )
+    config = TrainConfig(steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False)
     return model, train(model, batches, sft_loss, config)
 
 
