@@ -50,7 +50,7 @@ from spark_ft import (
     sft_loss,
     train,
 )
-from spark_ft.evaluation import mean_interval
+from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import giant, headline, plots
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.experiments import agrees, load
