@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: lab labs test test-fast build bench clean lint
+.PHONY: lab labs test test-fast build experiments bench clean lint
 .DELETE_ON_ERROR:
 
 lab: $(READY)
@@ -36,11 +36,8 @@ build: $(READY)
 bench: $(READY)
 	$(PY) -m spark_ft.cli bench $(ARGS)
 
-ifneq ($(wildcard spark_ft/lab/experiments.py),)
-.PHONY: experiments
 experiments: $(READY)
-	$(PY) -m spark_ft.lab.experiments $(ARGS)
-endif
+	$(PY) -m spark_ft.lab.experiments.runner $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,10 +1,8 @@
 """Put adapters onto a transformers model, merge them, and read and write them in PEFT's own on-disk format."""
 
-import errno
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spark_ft.files import write_atomically
 from spark_ft.methods.dora import DoRALinear
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import NF4Linear
@@ -63,7 +62,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
             The model is then unchanged.
     """
     if adapted_layers(model):
-        raise ValueError("the model has adapters already; merge them first (merge_adapters), or load the model anew")
+        raise ValueError(
+            "the model has adapters already; merge them first (merge_adapters), or load the model anew"
+        )
     names = _target_names(model, config.targets)
     for name in names:
         layer = model.get_submodule(name)
@@ -74,7 +75,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
             )
     bases = {name: model.get_submodule(name) for name in names}
     adapt, options = METHODS[config.method], (config.rank, config.alpha, config.dropout, config.rslora)
-    layers = {name: adapt(base, *options).train(base.training) for name, base in bases.items()}  # raises before any change
+    layers = {
+        name: adapt(base, *options).train(base.training) for name, base in bases.items()
+    }  # raises before any change
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -114,7 +117,12 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     """
     layers = _require_adapters(model)
     quantized = any(isinstance(module, NF4Linear) for module in model.modules())
-    elsewhere = {p: name for name, m in model.named_modules() if not hasattr(m, "in_features") for p in m.parameters(False)}
+    elsewhere = {
+        p: name
+        for name, m in model.named_modules()
+        if not hasattr(m, "in_features")
+        for p in m.parameters(False)
+    }
     for name, layer in layers.items():
         if other := elsewhere.get(layer.base.weight):
             raise ValueError(
@@ -166,8 +174,12 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike) -> Path:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
+    write_atomically(
+        folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"})
+    )
+    write_atomically(
+        folder / "adapter_config.json", lambda path: path.write_text(json.dumps(fields, indent=2) + "\n")
+    )
     return folder
 
 
@@ -184,7 +196,9 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config_file, weights_file):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; an adapter folder holds {config_file.name} and {weights_file.name}")
+            raise FileNotFoundError(
+                f"{path}: no such file; an adapter folder holds {config_file.name} and {weights_file.name}"
+            )
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -222,29 +236,6 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return model
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, flush it to disk, then rename it to `path`: whole or not at all, even if killed.
-
-    Raises:
-        OSError: it could not be written, for want of disk space for one; what stood at `path` still stands.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        if "No space left" in str(error):  # safetensors wraps the system's error into its own
-            raise OSError(errno.ENOSPC, f"{path}: no disk space to write it; free some and run it again") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _adapter_tensors(layer: LoRALinear) -> dict[str, nn.Parameter]:
     """A layer's own parameters under PEFT's names; DoRA's magnitude is a bare parameter there too, without `.weight`."""
     tensors = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
@@ -267,7 +258,9 @@ def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]
     for target in targets:
         if not any(_matches(name, target) for name in linear):
             ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f'target "{target}" matches no linear layer of the model; it has {", ".join(ends)}')
+            raise ValueError(
+                f'target "{target}" matches no linear layer of the model; it has {", ".join(ends)}'
+            )
     return [name for name in linear if any(_matches(name, target) for target in targets)]
 
 
@@ -288,10 +281,14 @@ def _require_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _refuse_unsupported(fields: dict, config_file: Path) -> None:
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f'{config_file}: peft_type is {fields.get("peft_type")!r}; only "LORA" adapters can be loaded here')
+        raise ValueError(
+            f'{config_file}: peft_type is {fields.get("peft_type")!r}; only "LORA" adapters can be loaded here'
+        )
     for field in ("r", "lora_alpha"):
         if not isinstance(fields.get(field), (int, float)):
-            raise ValueError(f'{config_file}: "{field}" is {fields.get(field)!r}, not a number; save the adapter again')
+            raise ValueError(
+                f'{config_file}: "{field}" is {fields.get(field)!r}, not a number; save the adapter again'
+            )
     plain = {"bias": "none"}
     for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters",
                   "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "arrow_config",
@@ -308,7 +305,9 @@ def _check_fit(model, existing, by_layer, config, weights_file) -> None:
     for name, parts in by_layer.items():
         module = modules.get(name)
         if not isinstance(module, LINEAR):
-            raise ValueError(f'{weights_file}: adapts "{name}", which this model has not; it is an adapter of another model')
+            raise ValueError(
+                f'{weights_file}: adapts "{name}", which this model has not; it is an adapter of another model'
+            )
         shapes = {"lora_A": (config.rank, module.in_features), "lora_B": (module.out_features, config.rank)}
         if config.method == "dora":
             shapes["lora_magnitude_vector"] = (module.out_features,)
@@ -319,7 +318,12 @@ def _check_fit(model, existing, by_layer, config, weights_file) -> None:
             )
     if existing:
         here = model.adapter_config
-        same = (here.method, here.rank, here.alpha, here.rslora) == (config.method, config.rank, config.alpha, config.rslora)
+        same = (here.method, here.rank, here.alpha, here.rslora) == (
+            config.method,
+            config.rank,
+            config.alpha,
+            config.rslora,
+        )
         if set(existing) != set(by_layer) or not same:
             raise ValueError(
                 f"{weights_file}: the model has other adapters already; merge_adapters first, or load the model anew"

@@ -12,13 +12,13 @@ def _labs(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from spark_ft.bench import main
+    from spark_ft.bench.harness import main
 
     return main(arguments)
 
 
 def _plan(arguments: list[str]) -> int:
-    from spark_ft.shapes import main
+    from spark_ft.memory.shapes import main
 
     return main(arguments)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from spark_ft.machine import GIB, Memory, budget, container_memory, cuda_memory, gib, system_memory
-from spark_ft.models import ROOT, profile
+from spark_ft.files import ROOT
+from spark_ft.memory.machine import GIB, Memory, budget, container_memory, cuda_memory, gib, system_memory
+from spark_ft.models import profile
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 OFFLINE = ("1", "true", "yes", "on")  # as huggingface_hub reads its variables
@@ -71,7 +72,10 @@ def _older(m: Machine, package: str, than: tuple[int, int]) -> bool:
 
 def _no_code_for_gpu(m: Machine) -> bool:
     """sm_ab runs on a.c with c ≥ b; compute_ab, which the driver compiles, on everything from a.b on."""
-    built = [(kind, (int(x[:-1]), int(x[-1]))) for kind, x in (name.rstrip("af").split("_") for name in m.architectures)]
+    built = [
+        (kind, (int(x[:-1]), int(x[-1])))
+        for kind, x in (name.rstrip("af").split("_") for name in m.architectures)
+    ]
     runs = any(of <= m.capability and (kind == "compute" or of[0] == m.capability[0]) for kind, of in built)
     return bool(m.gpu and built) and not runs
 
@@ -204,7 +208,9 @@ def _cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(
-        next((line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))), "").split()
+        next(
+            (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))), ""
+        ).split()
     )
 
 
@@ -214,13 +220,19 @@ def _nvidia_card(devices: Path = Path("/sys/bus/pci/devices"), node: Path = Path
             vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
         except OSError:
             return False
-        return vendor.startswith("0x10de") and kind.startswith("0x03")  # NVIDIA; display controller, 3D ones too
+        return vendor.startswith("0x10de") and kind.startswith(
+            "0x03"
+        )  # NVIDIA; display controller, 3D ones too
 
     return any(map(is_one, devices.glob("*"))) or node.exists()
 
 
 def _nvidia_smi() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.used,memory.total", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.used,memory.total",
+        "--format=csv,noheader",
+    ]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -258,7 +270,9 @@ def report(m: Machine, plan_with: str) -> str:
     lines = {
         "device": device,
         "system": f"{gib(m.memory[1])} available of {gib(m.memory[0])}, swap {gib(m.swap)}",
-        "container": f"limit {gib(m.container[0])}, {gib(m.container[1])} left" if m.container[0] is not None else "no limit",
+        "container": f"limit {gib(m.container[0])}, {gib(m.container[1])} left"
+        if m.container[0] is not None
+        else "no limit",
         "driver": m.driver or "no nvidia-smi",
         "torch": f"{seen} ({build})",
         "plan with": plan_with,

@@ -4,40 +4,20 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import mean, stdev
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spark_ft.data import IGNORE, collate_sft, completion_logps, padded
-
-
-class Estimate(NamedTuple):
-    """A measured value and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-    def percent(self) -> str:
-        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
-
-    def signed(self, digits: int = 3) -> str:
-        """With its sign, as one writes a difference."""
-        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-
-    def verdict(self, above: str, below: str) -> str:
-        """What the interval of a difference says in words: it lies above zero, below, or contains it."""
-        return above if self.low > 0 else below if self.high < 0 else "no measurable difference"
+from spark_ft.data.batches import collate_sft, padded
+from spark_ft.data.chat import IGNORE
+from spark_ft.scoring import completion_logps
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32) -> list[str]:
+def generate(
+    model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens: int = 128, batch_size: int = 32
+) -> list[str]:
     """The model's greedy answer to each prompt, through its own chat template; in batches of similar length.
 
     Args:
@@ -46,7 +26,9 @@ def generate(model: nn.Module, tokenizer, prompts: Sequence[str], max_new_tokens
         batch_size: prompts at a time; more is faster and takes more memory.
     """
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    encoded = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    encoded = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats
+    ]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     training = model.training
@@ -94,7 +76,9 @@ def greedy_match(
         batch = collate_sft(records[start : start + batch_size], tokenizer, max_length)
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
         hidden = model.base_model(
-            batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device), use_cache=False
+            batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
+            use_cache=False,
         ).last_hidden_state[predicts.to(model.device)]
         likeliest = model.get_output_embeddings()(hidden).argmax(-1).cpu()
         hits = likeliest == batch["labels"].roll(-1, 1)[predicts]
@@ -130,7 +114,9 @@ def field_f1(outputs: Sequence[str], references: Sequence[str]) -> dict[str, flo
 
 def _same_length(outputs, references) -> None:
     if len(outputs) != len(references):
-        raise ValueError(f"{len(outputs)} outputs for {len(references)} references; there must be one for each")
+        raise ValueError(
+            f"{len(outputs)} outputs for {len(references)} references; there must be one for each"
+        )
 
 
 def _canonical(text: str) -> str:
@@ -169,7 +155,9 @@ def _fields(ticket) -> Counter:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16, max_length: int = 1024) -> float:
+def perplexity(
+    model: nn.Module, tokenizer, records: Sequence[dict], batch_size: int = 16, max_length: int = 1024
+) -> float:
     """exp(−mean log p) over the completion tokens of `records`: 1 is certain, the vocabulary's size is clueless.
 
     Raises:
@@ -189,37 +177,53 @@ def perplexity(model: nn.Module, tokenizer, records: Sequence[dict], batch_size:
     return math.exp(-total / count)
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """A proportion with Wilson's score interval (Wilson 1927), which behaves near 0 and 1 where ±1.96·se does not.
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    n: int = 4,
+    temperature: float = 0.8,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Up to n answers of the model to each prompt, drawn at a temperature; those that did not end by themselves are left out.
 
-    Raises:
-        ValueError: no trials, or more successes than trials.
+    Args:
+        prompts: the user's turns.
+        n: answers drawn for each prompt.
+        temperature: more is more varied; 0.7 to 1.0 is usual.
+        max_new_tokens: where an answer counts as not ended.
+        batch_size: prompts at a time, n answers each.
+        seed: the same seed draws the same answers on the same machine; torch's global generator is left as it was.
     """
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Estimate(successes / trials, float(interval.low), float(interval.high))
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean of a few runs with its t interval: mean ± t · s/√n, which knows that three seeds are few.
-
-    Raises:
-        ValueError: fewer than two values; one run has no interval.
-    """
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"{n} value has no interval; run at least two seeds, better three")
-    half = t.ppf((1 + confidence) / 2, n - 1) * stdev(values) / math.sqrt(n)
-    return Estimate(mean(values), mean(values) - half, mean(values) + half)
-
-
-def paired_difference(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean of `values − others`, run by run, with its t interval: what both runs of a pair share falls out.
-
-    Raises:
-        ValueError: fewer than two pairs, or a value without another.
-    """
-    return mean_interval([value - other for value, other in zip(values, others, strict=True)], confidence)
+    found: list[list[str]] = []
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+            encoded = [
+                tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+                for chat in chats
+            ]
+            ids, mask = padded(encoded, tokenizer.pad_token_id, left=True)
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=n,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, ids.shape[1] :]
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            ended = (out == tokenizer.eos_token_id).any(1).tolist()
+            for row in range(0, len(texts), n):
+                found.append([texts[i] for i in range(row, row + n) if ended[i]])
+    model.train(training)
+    return found

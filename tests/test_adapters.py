@@ -20,8 +20,8 @@ from spark_ft.adapters import (
     load_adapters,
     merge_adapters,
     save_adapters,
-    write_atomically,
 )
+from spark_ft.files import write_atomically
 from spark_ft.methods.lora import LoRALinear
 
 IDS = torch.tensor([[5, 17, 40, 8, 61, 3], [9, 9, 2, 70, 71, 1]])
@@ -78,7 +78,9 @@ def test_all_linear_is_every_linear_layer_but_the_head(tiny_llama):
 
 
 def test_names_match_a_whole_path_or_its_end_after_a_dot(tiny_llama):
-    model = add_adapters(tiny_llama(), AdapterConfig(rank=2, targets=("layers.0.self_attn.q_proj", "mlp.up_proj")))
+    model = add_adapters(
+        tiny_llama(), AdapterConfig(rank=2, targets=("layers.0.self_attn.q_proj", "mlp.up_proj"))
+    )
     assert sorted(adapted_layers(model)) == [
         "model.layers.0.mlp.up_proj",
         "model.layers.0.self_attn.q_proj",
@@ -88,7 +90,9 @@ def test_names_match_a_whole_path_or_its_end_after_a_dot(tiny_llama):
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     }
-    with pytest.raises(ValueError, match='target "proj" matches no linear layer'):  # an end, but not after a dot
+    with pytest.raises(
+        ValueError, match='target "proj" matches no linear layer'
+    ):  # an end, but not after a dot
         add_adapters(tiny_llama(), AdapterConfig(rank=2, targets=("proj",)))
 
 
@@ -111,9 +115,15 @@ def test_a_plain_torch_model_takes_adapters_too():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"targets": ("q_proj", "w_proj")}, r'target "w_proj" matches no linear layer of the model; it has .*q_proj'),
+        (
+            {"targets": ("q_proj", "w_proj")},
+            r'target "w_proj" matches no linear layer of the model; it has .*q_proj',
+        ),
         ({"targets": ("embed_tokens",)}, 'target "embed_tokens" matches no linear layer'),
-        ({"rank": 17, "targets": ("q_proj", "k_proj")}, r"rank=17 is larger than model.layers.0.self_attn.k_proj \(16×32\)"),
+        (
+            {"rank": 17, "targets": ("q_proj", "k_proj")},
+            r"rank=17 is larger than model.layers.0.self_attn.k_proj \(16×32\)",
+        ),
         ({"rank": 0}, r"rank=0 does not fit"),
         ({"dropout": 1.0}, r"dropout=1.0 is not a probability"),
     ],
@@ -175,16 +185,24 @@ def test_merging_gives_a_plain_model_with_the_same_logits(tiny_llama):
     add_adapters(model, AdapterConfig(rank=2))  # and it can be adapted again
 
 
-@pytest.mark.parametrize("act", [merge_adapters, lambda m: save_adapters(m, "x"), lambda m: adapters_disabled(m).__enter__()])
+@pytest.mark.parametrize(
+    "act", [merge_adapters, lambda m: save_adapters(m, "x"), lambda m: adapters_disabled(m).__enter__()]
+)
 def test_without_adapters_there_is_nothing_to_merge_save_or_disable(tiny_llama, act, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="the model has no adapters; put them on with add_adapters or load_adapters"):
+    with pytest.raises(
+        ValueError, match="the model has no adapters; put them on with add_adapters or load_adapters"
+    ):
         act(tiny_llama())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_merging_an_adapted_head_that_is_also_the_embedding_is_refused(tiny_llama):
-    model = filled(add_adapters(tiny_llama(tie_word_embeddings=True), AdapterConfig(rank=4, targets=("q_proj", "lm_head"))))
+    model = filled(
+        add_adapters(
+            tiny_llama(tie_word_embeddings=True), AdapterConfig(rank=4, targets=("q_proj", "lm_head"))
+        )
+    )
     before = state(model)
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model.embed_tokens"):
         merge_adapters(model)
@@ -203,7 +221,10 @@ def test_peft_loads_what_we_save_to_the_same_logits(tiny_llama, config, tmp_path
 
     model = filled(add_adapters(tiny_llama(), config))
     assert save_adapters(model, tmp_path / "a") == tmp_path / "a"
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     base = tiny_llama(packed=False)
     unadapted = logits(base)
     theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()
@@ -247,7 +268,9 @@ def test_what_we_save_says_what_it_is(tiny_llama, tmp_path):
 def test_we_load_what_peft_saved_to_the_same_logits(tiny_llama, options, dtype, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    theirs = get_peft_model(tiny_llama(packed=False), LoraConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
+    theirs = get_peft_model(
+        tiny_llama(packed=False), LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    ).eval()
     for name, p in theirs.named_parameters():
         if "lora_" in name:
             p.data.normal_(std=0.1)
@@ -313,7 +336,11 @@ def refuses(model, folder, message, kind=ValueError):
 )
 def test_what_peft_can_and_we_cannot_is_refused_by_name(tiny_llama, saved, field, value):
     edit(saved, **{field: value})
-    refuses(tiny_llama(), saved, rf'adapter_config.json: "{field}" is {re.escape(repr(value))}, which is not supported here')
+    refuses(
+        tiny_llama(),
+        saved,
+        rf'adapter_config.json: "{field}" is {re.escape(repr(value))}, which is not supported here',
+    )
 
 
 def test_other_kinds_of_adapter_are_refused_by_name(tiny_llama, saved):
@@ -327,7 +354,11 @@ def test_other_kinds_of_adapter_are_refused_by_name(tiny_llama, saved):
 
 def test_an_adapter_of_another_model_or_shape_is_refused(tiny_llama, saved):
     refuses(tiny_llama(num_hidden_layers=1), saved, r'adapts "model.layers.1.*", which this model has not')
-    refuses(tiny_llama(hidden_size=64), saved, r'"model.layers.0.self_attn.q_proj" has .* it belongs to another model or rank')
+    refuses(
+        tiny_llama(hidden_size=64),
+        saved,
+        r'"model.layers.0.self_attn.q_proj" has .* it belongs to another model or rank',
+    )
     refuses(nn.Sequential(nn.Linear(32, 32)), saved, "it is an adapter of another model")
     edit(saved, r=8)
     refuses(tiny_llama(), saved, r"has .* where this model needs .* it belongs to another model or rank")
@@ -353,14 +384,23 @@ def test_other_adapters_on_the_model_are_not_overwritten(tiny_llama, saved):
         AdapterConfig(rank=4, alpha=8, targets=("q_proj", "v_proj")),
         AdapterConfig(rank=4, rslora=True, targets=("q_proj", "v_proj")),
     ):
-        refuses(filled(add_adapters(tiny_llama(), config)), saved, "the model has other adapters already; merge_adapters first")
+        refuses(
+            filled(add_adapters(tiny_llama(), config)),
+            saved,
+            "the model has other adapters already; merge_adapters first",
+        )
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_missing_and_damaged_files_are_named(tiny_llama, saved, name):
     file = saved / name
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"\x00\xff garbage" * 9, b"[]" if name.endswith("json") else b"[]" * 20):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        b"\x00\xff garbage" * 9,
+        b"[]" if name.endswith("json") else b"[]" * 20,
+    ):
         file.write_bytes(damaged)
         refuses(tiny_llama(), saved, rf"{name}: (damaged|not valid JSON|not a JSON object)")
     file.unlink()
@@ -399,7 +439,9 @@ def write(path):
     os.kill(os.getpid(), signal.SIGKILL)
 write_atomically(Path(sys.argv[1]), write)
 """
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.txt"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert killed.returncode == -9
     assert (tmp_path / "a.txt").read_text() == "old"
 
@@ -425,16 +467,21 @@ def test_one_sft_batch_of_the_embedded_model_has_pefts_and_transformers_loss_and
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from spark_ft.data import collate_sft, read_records
-    from spark_ft.models import ROOT, embedded_folder, load_model
-    from spark_ft.training import sft_loss
+    from spark_ft.data.batches import collate_sft
+    from spark_ft.data.records import read_records
+    from spark_ft.embedded import embedded_folder
+    from spark_ft.files import ROOT
+    from spark_ft.models import load_model
+    from spark_ft.scoring import sft_loss
 
     model, tokenizer = load_model()
     torch.manual_seed(0)
     add_adapters(model, AdapterConfig(rank=16, alpha=32))
     g = torch.Generator().manual_seed(0)
     for layer in adapted_layers(model).values():
-        layer.lora_B.data.normal_(std=0.01, generator=g)  # at B = 0 the gradient of A would be 0 on both sides
+        layer.lora_B.data.normal_(
+            std=0.01, generator=g
+        )  # at B = 0 the gradient of A would be 0 on both sides
     save_adapters(model, tmp_path)
     batch = collate_sft(read_records(ROOT / "data/kitchen_tickets/train.jsonl", "sft")[:3], tokenizer)
     assert (batch["attention_mask"] == 0).any()  # there is padding to get wrong

@@ -11,11 +11,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from spark_ft import bench
+from spark_ft.bench import harness as bench
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.bench import Result, Row, Side, check_equal, compare, peak_extra_bytes, step_flops, step_gemms, table
-from spark_ft.data import read_records
-from spark_ft.training import sft_loss
+from spark_ft.bench.harness import (
+    Result,
+    Row,
+    Side,
+    check_equal,
+    compare,
+    peak_extra_bytes,
+    step_flops,
+    step_gemms,
+    table,
+)
+from spark_ft.data.records import read_records
+from spark_ft.scoring import sft_loss
 
 calls: list[str] = []
 
@@ -44,17 +54,38 @@ def work():
 
 
 ROW = Row("toy", "nothing at all", ours, theirs, work)
-WHERE = {"device": "CPU", "cores": 2, "threads": 1, "load_average": 0.1, "versions": {"torch": "2.13"}, "date": "2026-11-23"}
+WHERE = {
+    "device": "CPU",
+    "cores": 2,
+    "threads": 1,
+    "load_average": 0.1,
+    "versions": {"torch": "2.13"},
+    "date": "2026-11-23",
+}
 RESULT = Result(
-    "toy", "a toy step", [2.0, 4.0, 1.0], [5.0, 6.0, 3.0], "ototot", 1e-8, 2e-7, 50_000_000, 150_000_000, 10**10, 20.0
+    "toy",
+    "a toy step",
+    [2.0, 4.0, 1.0],
+    [5.0, 6.0, 3.0],
+    "ototot",
+    1e-8,
+    2e-7,
+    50_000_000,
+    150_000_000,
+    10**10,
+    20.0,
 )
 
 
 class TestEquality:
     def test_equal_sides_give_their_differences(self):
-        loss, gradient = check_equal("row", side(loss=2.0), side(loss=2.0 * (1 + 1e-6), gradient=(3.0, 4.00001)))
+        loss, gradient = check_equal(
+            "row", side(loss=2.0), side(loss=2.0 * (1 + 1e-6), gradient=(3.0, 4.00001))
+        )
         assert loss == pytest.approx(1e-6, rel=1e-3)
-        assert gradient == pytest.approx(1e-5 / 5, rel=0.1)  # ‖(3, 4)‖ = 5; fp32 holds 1e-5 near 4 to a few percent
+        assert gradient == pytest.approx(
+            1e-5 / 5, rel=0.1
+        )  # ‖(3, 4)‖ = 5; fp32 holds 1e-5 near 4 to a few percent
 
     def test_a_wrong_loss_stops(self):
         with pytest.raises(ValueError, match=r"row: the losses differ by 1\.0e-03 \(ours 2\.002, theirs 2;"):
@@ -115,7 +146,12 @@ def tiny():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
     )
     model = LlamaForCausalLM(config)
     labels = torch.full((2, 9), -100)
@@ -129,7 +165,15 @@ class TestFlops:
     def test_counted_by_hand(self, tiny):
         model, batch = tiny
         add_adapters(model, AdapterConfig(rank=2))
-        layers = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]  # q k v o gate up down
+        layers = [
+            (32, 32),
+            (32, 16),
+            (32, 16),
+            (32, 32),
+            (32, 48),
+            (32, 48),
+            (48, 32),
+        ]  # q k v o gate up down
         by_hand = 2 * 16 * sum(4 * a * b + 6 * 2 * (a + b) for a, b in layers) + 4 * 7 * 100 * 32
         assert step_flops(model, batch) == by_hand  # 16 real tokens, 7 of them completion
         assert step_gemms(model, batch) == Counter([(16, a, b) for a, b in layers] * 2 + [(7, 32, 100)])
@@ -141,29 +185,42 @@ class TestFlops:
         with FlopCounterMode(display=False) as counter:
             sft_loss(model, batch)[0].backward()
         done = sum(
-            n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            n
+            for op, n in counter.get_flop_counts()["Global"].items()
+            if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
         )
         twice = sum(2 * 18 * 2 * a for a in (32, 32, 32, 32, 32, 32, 48)) * 2  # xAᵀ again in backward
         # the first layer's input is the frozen embedding: q, k and v of that layer pass no gradient on
         unneeded = 2 * 18 * (32 * (32 + 16 + 16) + 3 * 2 * 32)
-        uncounted = sum(2 * 18 * 2 * b for b in (32, 16, 16, 32, 48, 48, 32)) * 2  # torch's counter does not know addmm_
+        uncounted = (
+            sum(2 * 18 * 2 * b for b in (32, 16, 16, 32, 48, 48, 32)) * 2
+        )  # torch's counter does not know addmm_
         assert done == step_flops(model, batch) + twice - unneeded - uncounted
 
 
 class TestReport:
     def test_table(self):
         lines = table([RESULT], WHERE).splitlines()
-        assert lines[2] == ("| toy | 2.00 s | 5.00 s | **2.50** (1.50–3.00) | 50 MB | 150 MB | **3.00** | 5 | 25% of 20 |")
+        assert lines[2] == (
+            "| toy | 2.00 s | 5.00 s | **2.50** (1.50–3.00) | 50 MB | 150 MB | **3.00** | 5 | 25% of 20 |"
+        )
         assert {line.count("|") for line in lines[:3]} == {10}
         assert "- toy: a toy step. Equal first: loss to 1e-08, gradient to 2e-07; 3 pairs." in lines
-        assert lines[-1].startswith("CPU, 2 cores, 1 threads, load 0.1 at the start, fp32, torch 2.13, 2026-11-23")
+        assert lines[-1].startswith(
+            "CPU, 2 cores, 1 threads, load 0.1 at the start, fp32, torch 2.13, 2026-11-23"
+        )
 
     def test_a_row_that_reads_is_reported_by_its_rows_a_second(self):
-        reads = dataclasses.replace(RESULT, step_flops=0, gemm_gflops=0.0, records=1_000_000, ours_extra_bytes=24_576)
+        reads = dataclasses.replace(
+            RESULT, step_flops=0, gemm_gflops=0.0, records=1_000_000, ours_extra_bytes=24_576
+        )
         lines = table([reads], WHERE).splitlines()
         assert lines[2].endswith("| 0 MB | 150 MB | – | – | – |"), "a ratio to next to nothing says nothing"
         assert {line.count("|") for line in lines[:3]} == {10}
-        assert "- toy: a toy step. Equal first: every row; ours 500,000 rows a second, theirs 200,000; 3 pairs." in lines
+        assert (
+            "- toy: a toy step. Equal first: every row; ours 500,000 rows a second, theirs 200,000; 3 pairs."
+            in lines
+        )
 
     def test_json_holds_every_measurement(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(bench, "ROWS", {"toy": ROW})
@@ -175,13 +232,19 @@ class TestReport:
         assert capsys.readouterr().out.startswith("| row |")
 
     def test_an_unequal_row_is_an_error_in_one_line(self, monkeypatch, capsys):
-        monkeypatch.setattr(bench, "ROWS", {"toy": dataclasses.replace(ROW, theirs=lambda: side("t", loss=3.0))})
+        monkeypatch.setattr(
+            bench, "ROWS", {"toy": dataclasses.replace(ROW, theirs=lambda: side("t", loss=3.0))}
+        )
         assert bench.main(["toy"]) == 1
         assert "spark-ft bench: toy: the losses differ" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
-        [(["nope"], 'no row is called "nope"'), (["--pairs", "0"], "at least one"), (["--json", "/no/b.json"], "no folder")],
+        [
+            (["nope"], 'no row is called "nope"'),
+            (["--pairs", "0"], "at least one"),
+            (["--json", "/no/b.json"], "no folder"),
+        ],
     )
     def test_bad_arguments(self, arguments, says, capsys):
         with pytest.raises(SystemExit):
@@ -216,7 +279,11 @@ def test_reading_sides_give_the_same_rows_and_take_their_file_away():
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda rows: rows[:-1], lambda rows: [rows[1], rows[0], *rows[2:]], lambda rows: [*rows[:-1], {**rows[-1], "x": 1}]],
+    [
+        lambda rows: rows[:-1],
+        lambda rows: [rows[1], rows[0], *rows[2:]],
+        lambda rows: [*rows[:-1], {**rows[-1], "x": 1}],
+    ],
 )
 def test_a_reader_that_loses_moves_or_changes_a_row_is_caught(spoil):
     wrong = bench._reading(lambda path: lambda: iter(spoil(read_records(path, "sft"))), 300)

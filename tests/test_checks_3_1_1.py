@@ -73,7 +73,10 @@ def test_update_right(capsys):
         (lambda x, A, B, alpha: alpha / math.sqrt(len(A)) * x @ A.T @ B.T, "rsLoRA"),
         (lambda x, A, B, alpha: (alpha / len(A)) ** 2 * x @ A.T @ B.T, "twice"),
         (lambda x, A, B, alpha: len(A) / alpha * x @ A.T @ B.T, "upside down"),
-        (lambda x, A, B, alpha: alpha / B.shape[0] * x @ A.T @ B.T, "off by up to|divided by the width|shape"),
+        (
+            lambda x, A, B, alpha: alpha / B.shape[0] * x @ A.T @ B.T,
+            "off by up to|divided by the width|shape",
+        ),
         (lambda x, A, B, alpha: alpha / x.shape[-1] * x @ A.T @ B.T, "divided by the width"),
         (lambda x, A, B, alpha: alpha / len(A) * x @ A @ B, "transposes are forgotten"),
         (lambda x, A, B, alpha: alpha / len(A) * x @ B.T @ A.T, "A and B are swapped"),
@@ -160,7 +163,10 @@ def swap(self):
 
 
 def zero_A_random_B(self):
-    self.lora_A, self.lora_B = nn.Parameter(torch.zeros_like(self.lora_A)), nn.Parameter(draw(*self.lora_B.shape))
+    self.lora_A, self.lora_B = (
+        nn.Parameter(torch.zeros_like(self.lora_A)),
+        nn.Parameter(draw(*self.lora_B.shape)),
+    )
 
 
 def both_zero(self):
@@ -214,29 +220,56 @@ def test_layer_right(layer, capsys):
             "0[.][45]. of itself on average",
         ),
         (
-            changed(forward=lambda self, x: self.base(x) + self.drop(self.scaling * x @ self.lora_A.T @ self.lora_B.T)),
+            changed(
+                forward=lambda self, x: (
+                    self.base(x) + self.drop(self.scaling * x @ self.lora_A.T @ self.lora_B.T)
+                )
+            ),
             "on the update's output",
         ),
         (
-            changed(forward=lambda self, x: self.base(x) + self.scaling * self.drop(x @ self.lora_A.T) @ self.lora_B.T),
+            changed(
+                forward=lambda self, x: (
+                    self.base(x) + self.scaling * self.drop(x @ self.lora_A.T) @ self.lora_B.T
+                )
+            ),
             "between A and B",
         ),
-        (changed(forward=lambda self, x: self.scaling * x @ self.lora_A.T @ self.lora_B.T), "base's output is missing"),
+        (
+            changed(forward=lambda self, x: self.scaling * x @ self.lora_A.T @ self.lora_B.T),
+            "base's output is missing",
+        ),
         (changed(forward=lambda self, x: self.base(x)), "the update is missing"),
         (
-            changed(forward=lambda self, x: x @ (self.base.weight + self.scaling * self.lora_B @ self.lora_A).T),
+            changed(
+                forward=lambda self, x: x @ (self.base.weight + self.scaling * self.lora_B @ self.lora_A).T
+            ),
             "the bias is lost",
         ),
         (
-            changed(forward=lambda self, x: self.base(x) + self.scaling * x @ (self.lora_B @ self.lora_A).T.detach()),
+            changed(
+                forward=lambda self, x: (
+                    self.base(x) + self.scaling * x @ (self.lora_B @ self.lora_A).T.detach()
+                )
+            ),
             "carries no gradient",
         ),
         (
-            changed(forward=lambda self, x: self.base(x) + self.scaling * x @ self.lora_A.detach().T @ self.lora_B.T),
+            changed(
+                forward=lambda self, x: (
+                    self.base(x) + self.scaling * x @ self.lora_A.detach().T @ self.lora_B.T
+                )
+            ),
             "lora_A gets no gradient",
         ),
-        (changed(forward=lambda self, x: self.base(x) + self.scaling * x @ self.lora_A @ self.lora_B), "off by|PyTorch says"),
-        (changed(forward=lambda self, x: self.base(x) + self.scaling * x @ self.lora_B @ self.lora_A), "off by|PyTorch says"),
+        (
+            changed(forward=lambda self, x: self.base(x) + self.scaling * x @ self.lora_A @ self.lora_B),
+            "off by|PyTorch says",
+        ),
+        (
+            changed(forward=lambda self, x: self.base(x) + self.scaling * x @ self.lora_B @ self.lora_A),
+            "off by|PyTorch says",
+        ),
     ],
 )
 def test_layer_mutants(mutant, message):
@@ -374,7 +407,12 @@ def test_every_check_lets_a_stub_pass(capsys):
     def stub(*_):
         raise NotImplementedError("your turn (exercise 1)")
 
-    for check in (checks.check_init_adapter, checks.check_lora_update, checks.check_lora_parameters, checks.check_lora_linear):
+    for check in (
+        checks.check_init_adapter,
+        checks.check_lora_update,
+        checks.check_lora_parameters,
+        checks.check_lora_linear,
+    ):
         check(stub)
     checks.check_merge(stub, stub)
     checks.check_parity(stub, stub)

@@ -72,7 +72,9 @@ def wrong_parts(function):
 def test_row_norm_right(capsys):
     checks.check_row_norm(row_norm)
     checks.check_row_norm(
-        lambda W, A, B, s: (length(W) ** 2 + (B * (2 * s * W @ A.T + s * s * B @ (A @ A.T))).sum(1)).clamp(0).sqrt()
+        lambda W, A, B, s: (
+            (length(W) ** 2 + (B * (2 * s * W @ A.T + s * s * B @ (A @ A.T))).sum(1)).clamp(0).sqrt()
+        )
     )
     assert capsys.readouterr().out.count("✓") == 2
 
@@ -85,10 +87,16 @@ def test_row_norm_right(capsys):
         (lambda W, A, B, s: length(W + s * torch.einsum("or,ri->oi", B, A)), "as large as the weight itself"),
         (lambda W, A, B, s: (W + s * B @ A).norm(dim=0), "shape|wrong axis"),
         (lambda W, A, B, s: row_norm(W, A, B, s) ** 2, "square root is missing"),
-        (wrong_parts(lambda s, plain, cross, note: plain + s * cross + s * s * note), "middle term counts twice"),
+        (
+            wrong_parts(lambda s, plain, cross, note: plain + s * cross + s * s * note),
+            "middle term counts twice",
+        ),
         (wrong_parts(lambda s, plain, cross, note: plain + s * s * note), "middle term is missing"),
         (wrong_parts(lambda s, plain, cross, note: plain + 2 * s * cross + s * note), "not squared"),
-        (wrong_parts(lambda s, plain, cross, note: plain + 2 * cross + s * s * note), "missing in the middle term"),
+        (
+            wrong_parts(lambda s, plain, cross, note: plain + 2 * cross + s * s * note),
+            "missing in the middle term",
+        ),
         (wrong_parts(lambda s, plain, cross, note: plain + 2 * cross + note), "scaling is missing: that is"),
         (wrong_parts(lambda s, plain, cross, note: plain), "the note is left out"),
         (wrong_parts(lambda s, plain, cross, note: s * s * note), "the weight is left out"),
@@ -271,7 +279,10 @@ def test_merged_weight_right(capsys):
         (lambda W, m, A, B, s: m[:, None] * F.normalize(W, dim=1), "the note is left out"),
         (lambda W, m, A, B, s: m[:, None] * F.normalize(W, dim=1) + s * B @ A, "off by up to"),
         (lambda W, m, A, B, s: (m / length(W + s * B @ A))[:, None] * W + s * B @ A, "only W is scaled"),
-        (lambda W, m, A, B, s: W + (m / length(W + s * B @ A))[:, None] * (s * B @ A), "only the note is scaled"),
+        (
+            lambda W, m, A, B, s: W + (m / length(W + s * B @ A))[:, None] * (s * B @ A),
+            "only the note is scaled",
+        ),
         (lambda W, m, A, B, s: m / length(W + s * B @ A) * (W + s * B @ A), "columns, not rows"),
         (lambda W, m, A, B, s: (m / (W + s * B @ A).norm(dim=0))[:, None] * (W + s * B @ A), "wrong axis"),
         (lambda W, m, A, B, s: merged_weight(W, m, B, A, s), "A B instead of B A"),
@@ -312,13 +323,21 @@ def test_movement_right(capsys):
         (turned, moved, "the two are swapped"),
         (moved, lambda b, a: torch.cosine_similarity(b, a, dim=1).mean(), "that is the cosine"),
         (moved, lambda b, a: torch.cosine_similarity(b, a, dim=1).acos().mean(), "that is the angle"),
-        (moved, lambda b, a: (1 - torch.cosine_similarity(b, a, dim=1)).sum(), "ΔD of a 8×8 weight: it is the sum"),
+        (
+            moved,
+            lambda b, a: (1 - torch.cosine_similarity(b, a, dim=1)).sum(),
+            "ΔD of a 8×8 weight: it is the sum",
+        ),
         (moved, lambda b, a: turned(b.T, a.T), "the cosine runs over the wrong axis"),
         (moved, lambda b, a: (1 - (a * b).sum(1)).mean(), "lengths are still in it"),
     ],
 )
 def test_movement_mutants(lengths, directions, message):
-    refuse(checks.check_movement, message, lambda before, after: (lengths(before, after), directions(before, after)))
+    refuse(
+        checks.check_movement,
+        message,
+        lambda before, after: (lengths(before, after), directions(before, after)),
+    )
 
 
 @pytest.mark.parametrize("mutant", [moved, lambda before, after: None])
@@ -337,7 +356,11 @@ def test_parity_right(capsys):
 @pytest.mark.parametrize(
     ("layer", "merged", "message"),
     [
-        (changed(volume=norm_of(lambda self: self.base.weight)), merged_weight, "output: your layer and PEFT's differ"),
+        (
+            changed(volume=norm_of(lambda self: self.base.weight)),
+            merged_weight,
+            "output: your layer and PEFT's differ",
+        ),
         (changed(volume=not_detached), merged_weight, "gradient of A: your layer and PEFT's differ"),
         (Right, lambda W, m, A, B, s: W + s * B @ A, "merged weight: your layer"),
     ],

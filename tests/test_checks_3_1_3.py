@@ -50,7 +50,11 @@ def in_place(e, alpha):
 
 def seeded(e, alpha):
     generator = torch.Generator().manual_seed(0)
-    return e if alpha == 0 else e + torch.empty_like(e).uniform_(-bound_of(e, alpha), bound_of(e, alpha), generator=generator)
+    return (
+        e
+        if alpha == 0
+        else e + torch.empty_like(e).uniform_(-bound_of(e, alpha), bound_of(e, alpha), generator=generator)
+    )
 
 
 def reseeded(e, alpha):
@@ -91,7 +95,10 @@ def test_noisy_right(capsys):
         (shaped(lambda e, b: uniform(e[:1], b)), "every text got the same noise"),
         (shaped(lambda e, b: uniform(e[:, :1], b)), "every token of a text got the same noise"),
         (lambda e, a: e if a == 0 else e * (1 + uniform(e, bound_of(e, a))), "looks Gaussian"),
-        (lambda e, a: e if a == 0 else e + e.sign() * uniform(e, bound_of(e, a)), "multiplied with the embeddings"),
+        (
+            lambda e, a: e if a == 0 else e + e.sign() * uniform(e, bound_of(e, a)),
+            "multiplied with the embeddings",
+        ),
         (lambda e, a: e + uniform(e, bound_of(e, a)), "alpha=0 draws random numbers"),
         (in_place, "in place"),
         (seeded, "left torch's generator where it was"),
@@ -149,18 +156,39 @@ def test_true_length_right(capsys):
     [
         (lambda e, a, lengths: noisy(e, a), "padding has noise"),
         (changed(mask=lambda e, n: torch.ones(e.shape[:2])), "padding has noise"),
-        (changed(mask=lambda e, n: torch.arange(e.shape[1]) <= n[:, None]), "the first padded position has noise"),
-        (changed(mask=lambda e, n: torch.arange(e.shape[1]) < n[:, None] - 1), "last token stays clean|there is no noise"),
-        (changed(bound=lambda e, a, n: a / (e.shape[1] * e.shape[2] * torch.ones(len(n))).sqrt()), "the padded length"),
-        (changed(bound=lambda e, a, n: a / (n.max() * e.shape[2] * torch.ones(len(n))).sqrt()), "the longest text"),
-        (changed(bound=lambda e, a, n: a / (n.double().mean() * e.shape[2] * torch.ones(len(n))).sqrt()), "the mean length"),
-        (changed(bound=lambda e, a, n: a / (n.sum() * e.shape[2] * torch.ones(len(n))).sqrt()), "all texts' tokens"),
+        (
+            changed(mask=lambda e, n: torch.arange(e.shape[1]) <= n[:, None]),
+            "the first padded position has noise",
+        ),
+        (
+            changed(mask=lambda e, n: torch.arange(e.shape[1]) < n[:, None] - 1),
+            "last token stays clean|there is no noise",
+        ),
+        (
+            changed(bound=lambda e, a, n: a / (e.shape[1] * e.shape[2] * torch.ones(len(n))).sqrt()),
+            "the padded length",
+        ),
+        (
+            changed(bound=lambda e, a, n: a / (n.max() * e.shape[2] * torch.ones(len(n))).sqrt()),
+            "the longest text",
+        ),
+        (
+            changed(bound=lambda e, a, n: a / (n.double().mean() * e.shape[2] * torch.ones(len(n))).sqrt()),
+            "the mean length",
+        ),
+        (
+            changed(bound=lambda e, a, n: a / (n.sum() * e.shape[2] * torch.ones(len(n))).sqrt()),
+            "all texts' tokens",
+        ),
         (changed(bound=lambda e, a, n: a / n.sqrt()), "√d is missing"),
         (changed(bound=lambda e, a, n: a / math.sqrt(e.shape[2]) * torch.ones(len(n))), "√length is missing"),
         (changed(bound=lambda e, a, n: a / (n * math.sqrt(e.shape[2]))), "square root of the length"),
         (one_draw_for_all, "every text got the same noise"),
         (erases_padding, "padding's embeddings were erased"),
-        (lambda e, a, n: e + true_length(e, a, n) - e if a else e + 0 * uniform(e, 1.0), "alpha=0 draws random numbers"),
+        (
+            lambda e, a, n: e + true_length(e, a, n) - e if a else e + 0 * uniform(e, 1.0),
+            "alpha=0 draws random numbers",
+        ),
         (lambda e, a, n: e, "no noise"),
         (lambda e, a, n: None, "is a return missing"),
     ],
@@ -284,7 +312,9 @@ def patched_forward(model, alpha):
     """No hook, but as good."""
     embedding = model.get_input_embeddings()
     plain = embedding.forward
-    embedding.forward = lambda ids: neftune_noise(plain(ids), alpha) if trains(embedding, None) else plain(ids)
+    embedding.forward = lambda ids: (
+        neftune_noise(plain(ids), alpha) if trains(embedding, None) else plain(ids)
+    )
     try:
         yield model
     finally:
@@ -304,7 +334,10 @@ def test_manager_right(capsys):
         (with_parts(when=lambda module, out: True), "noise in eval mode"),
         (with_parts(when=lambda module, out: torch.is_grad_enabled()), "noise in eval mode"),
         (with_parts(when=lambda module, out: module.training), "under torch.no_grad"),
-        (with_parts(when=lambda module, out: module.training and out.requires_grad), "the embedding is frozen"),
+        (
+            with_parts(when=lambda module, out: module.training and out.requires_grad),
+            "the embedding is frozen",
+        ),
         (with_parts(when=lambda module, out: not module.training), "no noise in training"),
         (without_finally, "after an error inside the block .* hook was left on.*finally"),
         (never_removed, "after the block .* left on"),
@@ -313,10 +346,16 @@ def test_manager_right(capsys):
         (weight_in_the_hook, "weight was changed"),
         (with_parts(give=output_in_place), "changed in place"),
         (with_parts(give=lambda out, alpha: neftune_noise(out.detach(), alpha)), "gets no gradient"),
-        (with_parts(give=lambda out, alpha: out + alpha / 20 * torch.randn_like(out)), "but its bound should be"),
+        (
+            with_parts(give=lambda out, alpha: out + alpha / 20 * torch.randn_like(out)),
+            "but its bound should be",
+        ),
         (with_parts(give=lambda out, alpha: neftune_noise(out, alpha / 2)), "but its bound should be"),
         (with_parts(give=lambda out, alpha: neftune_noise(out, alpha + 1e-9)), "alpha=0"),
-        (with_parts(where=lambda m: [x for x in m.modules() if isinstance(x, nn.Embedding)]), "places' embedding has noise"),
+        (
+            with_parts(where=lambda m: [x for x in m.modules() if isinstance(x, nn.Embedding)]),
+            "places' embedding has noise",
+        ),
         (with_parts(where=lambda model: [model.places]), "no noise in training"),
         (with_parts(where=lambda model: [model]), "no noise in training"),
         (forgets_to_return, "no noise in training"),
@@ -494,7 +533,11 @@ def test_every_check_lets_a_stub_pass(capsys):
         raise NotImplementedError("your turn (exercise 3)")
         yield
 
-    for check in (checks.check_noisy_embeddings, checks.check_true_length_noise, checks.check_reference_logps):
+    for check in (
+        checks.check_noisy_embeddings,
+        checks.check_true_length_noise,
+        checks.check_reference_logps,
+    ):
         check(stub)
     checks.check_embedding_noise(manager_stub)
     checks.check_parity(stub, stub)

@@ -24,7 +24,12 @@ def nearest(scaled, code):
     return (scaled[..., None] - code).abs().argmin(-1).to(torch.uint8)
 
 
-def quantizer(scale=absmax_of, codes=nearest, blocks=lambda w, size: w.reshape(-1, size), divide=lambda b, s: b / s[:, None]):
+def quantizer(
+    scale=absmax_of,
+    codes=nearest,
+    blocks=lambda w, size: w.reshape(-1, size),
+    divide=lambda b, s: b / s[:, None],
+):
     """A quantizer with one of its parts changed."""
 
     def quantize(weight, code, block_size):
@@ -59,13 +64,21 @@ def test_quantize_right(capsys):
         (quantizer(scale=lambda b: b.std(1)), "standard deviation"),
         (quantizer(scale=lambda b: b.amax(1) - b.amin(1)), "from smallest to largest"),
         (quantizer(blocks=lambda w, size: w.T.reshape(-1, size)), "blocks run down the columns"),
-        (quantizer(scale=lambda b: b.abs().amax(1, keepdim=True), divide=lambda b, s: b / s), "one number a block is enough"),
+        (
+            quantizer(scale=lambda b: b.abs().amax(1, keepdim=True), divide=lambda b, s: b / s),
+            "one number a block is enough",
+        ),
         (quantizer(divide=lambda b, s: b), "not scaled by their block's absmax"),
         (quantizer(divide=lambda b, s: b / s.max()), "whole weight's largest magnitude"),
         (quantizer(divide=lambda b, s: b * s[:, None]), "are not the nearest level's"),
-        (quantizer(codes=lambda x, code: ((x[..., None] >= code).sum(-1) - 1).to(torch.uint8)), "the level below"),
         (
-            quantizer(codes=lambda x, code: (x[..., None] > code).sum(-1).clamp(max=len(code) - 1).to(torch.uint8)),
+            quantizer(codes=lambda x, code: ((x[..., None] >= code).sum(-1) - 1).to(torch.uint8)),
+            "the level below",
+        ),
+        (
+            quantizer(
+                codes=lambda x, code: (x[..., None] > code).sum(-1).clamp(max=len(code) - 1).to(torch.uint8)
+            ),
             "the level above",
         ),
         (
@@ -162,11 +175,22 @@ def test_dequantize_right(capsys):
     [
         (lambda codes, absmax, code, shape: code[codes.long()].view(shape), "scales are forgotten"),
         (lambda codes, absmax, code, shape: (codes * absmax[:, None]).view(shape), "not looked up"),
-        (lambda codes, absmax, code, shape: (code[codes.long()] / absmax[:, None]).view(shape), "divided by absmax"),
-        (lambda codes, absmax, code, shape: (code[codes.long()] * absmax).view(shape), "scales ran across the columns"),
-        (lambda codes, absmax, code, shape: (code[codes.long()] * absmax[0]).view(shape), "first one's scale"),
         (
-            lambda codes, absmax, code, shape: ((codes * 2 / (len(code) - 1) - 1) * absmax[:, None]).view(shape),
+            lambda codes, absmax, code, shape: (code[codes.long()] / absmax[:, None]).view(shape),
+            "divided by absmax",
+        ),
+        (
+            lambda codes, absmax, code, shape: (code[codes.long()] * absmax).view(shape),
+            "scales ran across the columns",
+        ),
+        (
+            lambda codes, absmax, code, shape: (code[codes.long()] * absmax[0]).view(shape),
+            "first one's scale",
+        ),
+        (
+            lambda codes, absmax, code, shape: ((codes * 2 / (len(code) - 1) - 1) * absmax[:, None]).view(
+                shape
+            ),
             "equally spaced levels",
         ),
         (lambda codes, absmax, code, shape: dequantize(codes, absmax, code, shape).T, "transposed"),
@@ -196,13 +220,18 @@ def test_bits_right(capsys):
     [
         (lambda block, group: 4.0, "the codes alone"),
         (lambda block, group: 4 + 32 / block, "in 8 bits now"),
-        (lambda block, group: bits(block, group) if group is None else 4 + 8 / block, "the second level is forgotten"),
+        (
+            lambda block, group: bits(block, group) if group is None else 4 + 8 / block,
+            "the second level is forgotten",
+        ),
         (
             lambda block, group: bits(block, None) if group is None else 4 + 8 / block + 32 / group,
             "for a whole group of blocks",
         ),
         (
-            lambda block, group: bits(block, None) if group is None else 4 + 32 / block + 32 / (block * group),
+            lambda block, group: (
+                bits(block, None) if group is None else 4 + 32 / block + 32 / (block * group)
+            ),
             "counted in 32 bits",
         ),
         (
@@ -232,7 +261,9 @@ NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 def terms(shape, rank, length, **changed):
     """The right terms, or with one of their ingredients changed."""
-    hidden, mlp, kv, layers, vocabulary = (shape[name] for name in ("hidden", "mlp", "kv", "layers", "vocabulary"))
+    hidden, mlp, kv, layers, vocabulary = (
+        shape[name] for name in ("hidden", "mlp", "kv", "layers", "vocabulary")
+    )
     kv, layers = changed.get("kv", kv), changed.get("layers", layers)
     matrices = 2 * [(hidden, hidden)] + 2 * [(kv, hidden)] + changed.get("mlps", 3) * [(mlp, hidden)]
     numbers = sum(changed.get("note", lambda o, i: rank * (o + i))(o, i) for o, i in matrices)
@@ -240,7 +271,10 @@ def terms(shape, rank, length, **changed):
         "linear layers": layers * sum(o * i for o, i in matrices) * changed.get("bytes_a_weight", NF4),
         "embeddings and head": changed.get("tables", 2) * vocabulary * hidden * 2,
         "notes": layers * numbers * changed.get("bytes_a_note", 8),
-        "checkpoints": (layers + changed.get("last", 1)) * length * hidden * changed.get("bytes_a_checkpoint", 2),
+        "checkpoints": (layers + changed.get("last", 1))
+        * length
+        * hidden
+        * changed.get("bytes_a_checkpoint", 2),
     }
 
 
@@ -268,12 +302,20 @@ def test_terms_right(capsys):
         (changed(bytes_a_weight=0.5), "with their scales it is 4.127"),
         (changed(bytes_a_weight=4.5 / 8), "not 4.5"),
         (changed(bytes_a_weight=2), "that is bf16"),
-        (keeping("linear layers", lambda s, r, n: terms({**s, "kv": s["hidden"]}, r, n)["linear layers"]), "key and value are"),
+        (
+            keeping("linear layers", lambda s, r, n: terms({**s, "kv": s["hidden"]}, r, n)["linear layers"]),
+            "key and value are",
+        ),
         (changed(mlps=2), "an MLP has three matrices"),
         (changed(mlps=0), "the MLP is forgotten"),
-        (keeping("linear layers", lambda s, r, n: s["layers"] * 3 * s["hidden"] * s["mlp"] * NF4), "attention is forgotten"),
         (
-            keeping("linear layers", lambda s, r, n: NF4 * (linear(s) - 2 * s["layers"] * s["kv"] * s["hidden"])),
+            keeping("linear layers", lambda s, r, n: s["layers"] * 3 * s["hidden"] * s["mlp"] * NF4),
+            "attention is forgotten",
+        ),
+        (
+            keeping(
+                "linear layers", lambda s, r, n: NF4 * (linear(s) - 2 * s["layers"] * s["kv"] * s["hidden"])
+            ),
             "only its query and output",
         ),
         (changed(layers=1), "that is one layer"),
@@ -300,7 +342,10 @@ def test_terms_right(capsys):
         (keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * s["hidden"] * 2), "times the length"),
         (keeping("checkpoints", lambda s, r, n: 1.01 * terms(s, r, n)["checkpoints"]), "but should be"),
         (keeping("notes", lambda s, r, n: None), "should be a number of bytes"),
-        (lambda shape, rank, length: None, "should return a dict with the keys linear layers, .*, not NoneType"),
+        (
+            lambda shape, rank, length: None,
+            "should return a dict with the keys linear layers, .*, not NoneType",
+        ),
         (lambda shape, rank, length: sum(terms(shape, rank, length).values()), "not float"),
         (lambda shape, rank, length: {"notes": 1}, "it has notes"),
     ],
@@ -323,7 +368,10 @@ def test_parity_right(capsys):
         ((quantize, lambda codes: codes[1::2] << 4 | codes[::2], dequantize), "of your bytes are"),
         ((quantizer(scale=lambda b: b.abs().max().expand(len(b))), pack, dequantize), "of your bytes are"),
         ((lambda *a: (quantize(*a)[0], quantize(*a)[1] + 1), pack, dequantize), "of your scales are"),
-        ((quantize, pack, lambda codes, absmax, code, shape: code[codes.long()].view(shape)), "off bitsandbytes'"),
+        (
+            (quantize, pack, lambda codes, absmax, code, shape: code[codes.long()].view(shape)),
+            "off bitsandbytes'",
+        ),
     ],
 )
 def test_parity_mutants(answers, message):

@@ -8,13 +8,14 @@ from collections import Counter
 import pytest
 import torch
 
-from spark_ft.cleaning import drop_leaked
-from spark_ft.formats import GENERATION_TEMPLATE, messages_to_sharegpt, sharegpt_to_messages
+from spark_ft.data.cleaning import drop_leaked
+from spark_ft.data.formats import GENERATION_TEMPLATE, messages_to_sharegpt, sharegpt_to_messages
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
 from spark_ft.lab.checks import CheckFailed
 from spark_ft.lab.checks import lab_3_1_6 as checks
-from spark_ft.lab.studies import lab_3_1_6 as study
-from spark_ft.models import ROOT, load_tokenizer
-from spark_ft.records import read_records
+from spark_ft.lab.experiments import lab_3_1_6 as study
+from spark_ft.models import load_tokenizer
 
 ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 SPEAKER = {role: name for name, role in ROLE.items()}
@@ -37,13 +38,18 @@ def passes(check, capsys, *answers):
 
 def there(row, role=ROLE.get, text=lambda value: value, turns=lambda turns: turns, keep=lambda row: row):
     rest = {key: value for key, value in row.items() if key != "conversations"}
-    messages = [{"role": role(turn["from"]), "content": text(turn["value"])} for turn in turns(row["conversations"])]
+    messages = [
+        {"role": role(turn["from"]), "content": text(turn["value"])} for turn in turns(row["conversations"])
+    ]
     return {**keep(rest), "messages": messages}
 
 
 def back(row, role=SPEAKER.get):
     rest = {key: value for key, value in row.items() if key != "messages"}
-    return {**rest, "conversations": [{"from": role(m["role"]), "value": m["content"]} for m in row["messages"]]}
+    return {
+        **rest,
+        "conversations": [{"from": role(m["role"]), "value": m["content"]} for m in row["messages"]],
+    }
 
 
 def popping(row):
@@ -55,14 +61,23 @@ def popping(row):
 def renaming_turns(row):
     for turn in row["conversations"]:
         turn["role"], turn["content"] = ROLE[turn.pop("from")], turn.pop("value")
-    return {**{key: value for key, value in row.items() if key != "conversations"}, "messages": row["conversations"]}
+    return {
+        **{key: value for key, value in row.items() if key != "conversations"},
+        "messages": row["conversations"],
+    }
 
 
 def by_place(row):
     turns = [turn for turn in row["conversations"] if turn["from"] != "system"]
-    first = [{"role": "system", "content": turn["value"]} for turn in row["conversations"] if turn["from"] == "system"]
+    first = [
+        {"role": "system", "content": turn["value"]}
+        for turn in row["conversations"]
+        if turn["from"] == "system"
+    ]
     rest = {key: value for key, value in row.items() if key != "conversations"}
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn["value"]} for i, turn in enumerate(turns)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": turn["value"]} for i, turn in enumerate(turns)
+    ]
     return {**rest, "messages": first + messages}
 
 
@@ -77,23 +92,44 @@ def test_sharegpt_right(capsys):
     [
         (lambda row: None, "to_messages returned None; is a return missing"),
         (lambda row: there(row)["messages"], "to_messages returned list; a row"),
-        (lambda row: there(row, role=lambda name: name), r"\"role\" is \['(human|system)'\]; here the speakers are called"),
-        (lambda row: there(row, role={"human": "user", "gpt": "bot", "system": "system"}.get), r"\"role\" is \['bot'\]"),
-        (lambda row: there(row, role={"human": "user", "gpt": "assistant"}.__getitem__), "no entry for 'system'.*may begin"),
+        (
+            lambda row: there(row, role=lambda name: name),
+            r"\"role\" is \['(human|system)'\]; here the speakers are called",
+        ),
+        (
+            lambda row: there(row, role={"human": "user", "gpt": "bot", "system": "system"}.get),
+            r"\"role\" is \['bot'\]",
+        ),
+        (
+            lambda row: there(row, role={"human": "user", "gpt": "assistant"}.__getitem__),
+            "no entry for 'system'.*may begin",
+        ),
         (lambda row: there(row, text=str.strip), "lost the white space at its ends"),
         (lambda row: there(row, text=lambda value: " ".join(value.split()) + " "), "never touches the text"),
-        (lambda row: there(row, turns=lambda turns: [t for t in turns if t["from"] != "system"]), "system turn is dropped"),
-        (lambda row: there(row, turns=lambda turns: turns[:2]), "turns went in and 2 came out|system turn is dropped"),
+        (
+            lambda row: there(row, turns=lambda turns: [t for t in turns if t["from"] != "system"]),
+            "system turn is dropped",
+        ),
+        (
+            lambda row: there(row, turns=lambda turns: turns[:2]),
+            "turns went in and 2 came out|system turn is dropped",
+        ),
         (lambda row: there(row, turns=lambda turns: turns[::-1]), "reverse order"),
         (lambda row: {"messages": there(row)["messages"]}, "id, tags is lost"),
         (lambda row: {**row, **there(row)}, '"conversations" is still there'),
         (lambda row: {**there(row), "conversation": there(row)["messages"]}, "not all of it was in the row"),
         (lambda row: {**row, "conversations": there(row)["messages"]}, 'there is no "messages"'),
         (
-            lambda row: {**there(row), "messages": [[m["role"], m["content"]] for m in there(row)["messages"]]},
+            lambda row: {
+                **there(row),
+                "messages": [[m["role"], m["content"]] for m in there(row)["messages"]],
+            },
             'must have "role"',
         ),
-        (lambda row: {**there(row), "messages": [{"role": m["role"]} for m in there(row)["messages"]]}, 'and "content", not'),
+        (
+            lambda row: {**there(row), "messages": [{"role": m["role"]} for m in there(row)["messages"]]},
+            'and "content", not',
+        ),
         (lambda row: {**there(row), "messages": tuple(there(row)["messages"])}, "must be a list of turns"),
         (popping, "changed the row it was given"),
         (renaming_turns, "changed the row it was given"),
@@ -108,7 +144,10 @@ def test_to_messages_mutants(mutant, message):
 @pytest.mark.parametrize(
     ("mutant", "message"),
     [
-        (lambda row: back(row, role=lambda role: role), r"to_sharegpt: \"from\" is \['user'\]; here .* system, human, gpt"),
+        (
+            lambda row: back(row, role=lambda role: role),
+            r"to_sharegpt: \"from\" is \['user'\]; here .* system, human, gpt",
+        ),
         (lambda row: back(row, role={"user": "human", "assistant": "gpt"}.get), r"\"from\" is \[None\]"),
         (lambda row: {"conversations": back(row)["conversations"]}, "to_sharegpt: id, tags is lost"),
         (lambda row: {**row, **back(row)}, '"messages" is still there'),
@@ -168,27 +207,52 @@ def words_open(ids, head, end):
     [
         (lambda ids, head, end: None, "is a return missing"),
         (lambda ids, head, end: mask(ids, head, end)[:-1], "there must be one for each"),
-        (lambda ids, head, end: [i if m else -100 for i, m in zip(ids, mask(ids, head, end), strict=True)], "labels of −100"),
+        (
+            lambda ids, head, end: [i if m else -100 for i, m in zip(ids, mask(ids, head, end), strict=True)],
+            "labels of −100",
+        ),
         (lambda ids, head, end: [False] * len(ids), "nothing is marked"),
         (lambda ids, head, end: [True] * len(ids), "everything is marked"),
         (lambda ids, head, end: [not m for m in mask(ids, head, end)], "wrong way round"),
-        (lambda ids, head, end: marked(ids, [(a, b) for _, a, b in spans(ids, head, end)]), "never learn to stop"),
-        (lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[-1:]]), "only the last answer"),
-        (lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[:1]]), "only the first answer"),
-        (lambda ids, head, end: marked(ids, [(h, b + 1) for h, _, b in spans(ids, head, end)]), "head of the answer is marked"),
-        (lambda ids, head, end: marked(ids, [(a, b + 2) for _, a, b in spans(ids, head, end)]), "newline after the end mark"),
+        (
+            lambda ids, head, end: marked(ids, [(a, b) for _, a, b in spans(ids, head, end)]),
+            "never learn to stop",
+        ),
+        (
+            lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[-1:]]),
+            "only the last answer",
+        ),
+        (
+            lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[:1]]),
+            "only the first answer",
+        ),
+        (
+            lambda ids, head, end: marked(ids, [(h, b + 1) for h, _, b in spans(ids, head, end)]),
+            "head of the answer is marked",
+        ),
+        (
+            lambda ids, head, end: marked(ids, [(a, b + 2) for _, a, b in spans(ids, head, end)]),
+            "newline after the end mark",
+        ),
         (
             lambda ids, head, end: [m or i == end for m, i in zip(mask(ids, head, end), ids, strict=True)],
             "of the questions too",
         ),
         (
             lambda ids, head, end: [
-                any(x) for x in zip(*(checks._scan(ids, h) for h in (head, checks.USER, checks.SYSTEM)), strict=True)
+                any(x)
+                for x in zip(*(checks._scan(ids, h) for h in (head, checks.USER, checks.SYSTEM)), strict=True)
             ],
             "questions are marked as well",
         ),
-        (lambda ids, head, end: marked(ids, [(spans(ids, head, end)[0][1], len(ids))]), "nothing switches it off"),
-        (lambda ids, head, end: marked(ids, [(a + 1, b + 1) for _, a, b in spans(ids, head, end)]), "not one token later"),
+        (
+            lambda ids, head, end: marked(ids, [(spans(ids, head, end)[0][1], len(ids))]),
+            "nothing switches it off",
+        ),
+        (
+            lambda ids, head, end: marked(ids, [(a + 1, b + 1) for _, a, b in spans(ids, head, end)]),
+            "not one token later",
+        ),
         (lambda ids, head, end: [*mask(ids, head, end)[1:], False], "one place too early"),
         (lambda ids, head, end: [False, *mask(ids, head, end)[:-1]], "one place too late"),
         (words_open, "inside a text opens no answer"),
@@ -207,11 +271,15 @@ def test_answer_mask_mutants(mutant, message):
 def test_mask_parity_on_the_kitchen_chats(capsys):
     tokenizer = copy.deepcopy(load_tokenizer())
     tokenizer.chat_template = GENERATION_TEMPLATE
-    chats = [sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")]
+    chats = [
+        sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
+    ]
     checks.check_mask_parity(mask, tokenizer, chats)
     assert "the same on 40 chats" in capsys.readouterr().out
     with pytest.raises(CheckFailed, match=r"chat 0: your marks and TRL's differ at token \[\d+\]"):
-        checks.check_mask_parity(lambda *a: marked(a[0], [(f, e) for _, f, e in spans(*a)]), tokenizer, chats[:3])
+        checks.check_mask_parity(
+            lambda *a: marked(a[0], [(f, e) for _, f, e in spans(*a)]), tokenizer, chats[:3]
+        )
 
 
 # ── exercise 3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -243,12 +311,18 @@ def joined(a, b):
 
 
 def no_short_texts(a, b):
-    x, y = ({tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in (re.findall(r"\w+", t.lower()) for t in (a, b)))
+    x, y = (
+        {tuple(w[i : i + 3]) for i in range(len(w) - 2)}
+        for w in (re.findall(r"\w+", t.lower()) for t in (a, b))
+    )
     return len(x & y) / len(x | y)
 
 
 def short_texts_share_nothing(a, b):
-    x, y = ({tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in (re.findall(r"\w+", t.lower()) for t in (a, b)))
+    x, y = (
+        {tuple(w[i : i + 3]) for i in range(len(w) - 2)}
+        for w in (re.findall(r"\w+", t.lower()) for t in (a, b))
+    )
     return len(x & y) / len(x | y) if x | y else 0.0
 
 
@@ -286,7 +360,9 @@ def test_in_every_draw_the_first_text_has_more_pieces_in_some_pairs_and_fewer_in
         (lambda a, b: 100 * share(a, b), "return the share"),
         (lambda a, b: share(a, b, bottom=lambda x, y: 1), "number of shared trigrams"),
         (
-            lambda a, b: len(set(grams(a)[::3]) & set(grams(b)[::3])) / len(set(grams(a)[::3]) | set(grams(b)[::3])),
+            lambda a, b: (
+                len(set(grams(a)[::3]) & set(grams(b)[::3])) / len(set(grams(a)[::3]) | set(grams(b)[::3]))
+            ),
             "every third",
         ),
         (no_short_texts, "divided by zero; a text of fewer than three words"),
@@ -364,9 +440,15 @@ def test_balance_right(capsys):
         (lambda pairs: list(pairs), "all are kept: nothing was balanced"),
         (lambda pairs: [], "equal ones are kept|0 of each are kept"),
         (lambda pairs: balance(pairs, equal=False), "pairs of equal length give nothing away"),
-        (lambda pairs: balance(pairs, key=lambda pair: -abs(gap(pair))), "those with the largest difference are kept"),
+        (
+            lambda pairs: balance(pairs, key=lambda pair: -abs(gap(pair))),
+            "those with the largest difference are kept",
+        ),
         (random_ones, "difference are kept, and others with a smaller"),
-        (lambda pairs: balance(pairs, measure=by_words), "must be as many|equal ones are kept|nothing was balanced"),
+        (
+            lambda pairs: balance(pairs, measure=by_words),
+            "must be as many|equal ones are kept|nothing was balanced",
+        ),
         (lambda pairs: balance(pairs, key=lambda pair: abs(by_words(pair))), "keep the most equal"),
         (lambda pairs: balance(pairs, fewer=lambda n: n // 2), "throw away no more than you must"),
         (lambda pairs: [p for p in pairs if gap(p) <= 0], "as many of the one as of the other"),
@@ -385,7 +467,14 @@ def test_balance_mutants(mutant, message):
 # ── exercise 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def split(rows, share, seed, names=lambda rows: list(dict.fromkeys(row["core"] for row in rows)), rng=random.Random, stop=0.0):
+def split(
+    rows,
+    share,
+    seed,
+    names=lambda rows: list(dict.fromkeys(row["core"] for row in rows)),
+    rng=random.Random,
+    stop=0.0,
+):
     cores = names(rows)
     rng(seed).shuffle(cores)
     test, sizes = set(), Counter(row["core"] for row in rows)
@@ -452,7 +541,11 @@ def first_ones(rows, share, seed):
 def test_split_right(capsys):
     passes(checks.check_split, capsys, split)
     passes(checks.check_split, capsys, counting_down)
-    passes(checks.check_split, capsys, lambda *a: split(*a, names=lambda rows: sorted({row["core"] for row in rows})))
+    passes(
+        checks.check_split,
+        capsys,
+        lambda *a: split(*a, names=lambda rows: sorted({row["core"] for row in rows})),
+    )
 
 
 @pytest.mark.parametrize(
@@ -470,7 +563,10 @@ def test_split_right(capsys):
         (lambda rows, share, seed: split(rows, share, seed, stop=0.2), "and then no more"),
         (lambda rows, share, seed: split(rows, share, seed, stop=-share), "0 rows in test; take cores"),
         (unseeded, "not with the global generator"),
-        (lambda *a: split(*a, names=lambda rows: list({row["core"] for row in rows})), "another Python process would split"),
+        (
+            lambda *a: split(*a, names=lambda rows: list({row["core"] for row in rows})),
+            "another Python process would split",
+        ),
         (first_ones, "every seed gives the same split"),
         (unshuffled, "every seed gives the same split"),
         (in_place_rows, "list that was given in is in another order"),

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft import cleaning as c
-from spark_ft.models import ROOT
-from spark_ft.records import read_records
+from spark_ft.data import cleaning as c
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
 
 HELD_OUT = [("kitchen_tickets", "sft"), ("kitchen_preferences", "preference")]
 DROPS = {
@@ -83,7 +83,10 @@ def test_clean_drops_every_fault_once_and_leaves_the_rest_in_order(messy, faults
         assert (drop.copy_of is not None) == (drop.fault in ("exact_duplicate", "near_duplicate", "leaked"))
         if drop.fault == "exact_duplicate":
             original = messy[drop.copy_of]
-            assert (original["prompt"], original["completion"]) == (drop.record["prompt"], drop.record["completion"])
+            assert (original["prompt"], original["completion"]) == (
+                drop.record["prompt"],
+                drop.record["completion"],
+            )
             assert drop.copy_of < drop.index
 
 
@@ -106,8 +109,13 @@ def test_code_that_differs_only_in_its_indentation_is_no_duplicate():
     inside, after = (row(CODE.format(indent), "Add the prices up.") for indent in ("        ", "    "))
     for drop in (c.drop_exact_duplicates, c.drop_near_duplicates):
         assert drop([inside, after]).kept == [inside, after]
-    assert c.drop_near_duplicates([inside, {**inside, "prompt": "Add all prices up."}]).dropped[0].copy_of == 0
-    tabs = row("all: soup\n\tcp leek pot\n\tboil pot for an hour and then serve it hot to all the guests", "A Makefile?")
+    assert (
+        c.drop_near_duplicates([inside, {**inside, "prompt": "Add all prices up."}]).dropped[0].copy_of == 0
+    )
+    tabs = row(
+        "all: soup\n\tcp leek pot\n\tboil pot for an hour and then serve it hot to all the guests",
+        "A Makefile?",
+    )
     spaces = {**tabs, "completion": tabs["completion"].replace("\t", "    ")}
     assert len(c.drop_near_duplicates([tabs, spaces]).kept) == 2, "make takes tabs only"
 
@@ -150,7 +158,10 @@ def test_near_duplicates_are_found_at_the_threshold_too():
     rows = []
     for i in range(150):
         words = [f"w{rng.randrange(10**6)}" for _ in range(40)]
-        edited = [*words[:-3], *(f"x{rng.randrange(10**6)}" for _ in range(3))]  # 35 of 41 trigrams shared, then fewer
+        edited = [
+            *words[:-3],
+            *(f"x{rng.randrange(10**6)}" for _ in range(3)),
+        ]  # 35 of 41 trigrams shared, then fewer
         edited[10] = "other"
         rows += [row(" ".join(words), f"question {i}"), row(" ".join(edited), f"question {i}")]
     shares = [drop.reason for drop in c.drop_near_duplicates(rows, threshold=0.7).dropped]
@@ -158,8 +169,18 @@ def test_near_duplicates_are_found_at_the_threshold_too():
 
 
 def test_rows_of_every_kind_are_compared_by_their_texts():
-    chat = {"messages": [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Leek, leek and leek."}]}
-    sharegpt = {"conversations": [{"from": "human", "value": "Soup?"}, {"from": "gpt", "value": "Leek, leek and leek."}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": "Soup?"},
+            {"role": "assistant", "content": "Leek, leek and leek."},
+        ]
+    }
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "Soup?"},
+            {"from": "gpt", "value": "Leek, leek and leek."},
+        ]
+    }
     alpaca = {"instruction": "Soup?", "input": "", "output": "Leek, leek and leek."}
     pair = {"prompt": "Fish?", "chosen": "Cod.", "rejected": "Ham."}
     result = c.drop_exact_duplicates([chat, sharegpt, alpaca, pair, {**pair, "rejected": "Tofu."}])
@@ -184,7 +205,12 @@ def test_a_leak_is_the_same_question_or_nearly_the_same_row_with_any_answer():
         row("450 °F.", TEST_ROW["prompt"]),
         row("Hot.", "which oven heat do I need for a basque cheesecake"),
         row(TEST_ROW["chosen"], "Which oven heat do I really need for a Basque cheesecake?"),
-        {"messages": [{"role": "user", "content": TEST_ROW["prompt"]}, {"role": "assistant", "content": "Hot."}]},
+        {
+            "messages": [
+                {"role": "user", "content": TEST_ROW["prompt"]},
+                {"role": "assistant", "content": "Hot."},
+            ]
+        },
     ]
     result = c.drop_leaked([unrelated, *leaks], [{"prompt": "x", "completion": "y"}, TEST_ROW])
     assert result.kept == [unrelated]
@@ -298,7 +324,15 @@ def test_broken_encoding_is_found_and_mended_where_nothing_was_lost(broken, mend
 
 @pytest.mark.parametrize(
     "text",
-    ["PÃO DE QUEIJO", "CAFÉ»", "« À la carte »", "château, 180 °C, ½", "Привет 日本 😀", "TÊTE-À-TÊTE", "fiancé—“yes”"],
+    [
+        "PÃO DE QUEIJO",
+        "CAFÉ»",
+        "« À la carte »",
+        "château, 180 °C, ½",
+        "Привет 日本 😀",
+        "TÊTE-À-TÊTE",
+        "fiancé—“yes”",
+    ],
 )
 def test_letters_where_they_belong_stay(text):
     assert not is_dropped(c.drop_broken_encoding, text)

@@ -11,25 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft.data import (
-    IGNORE,
-    all_answers,
+from spark_ft.data.batches import (
     collate_feedback,
     collate_preferences,
     collate_sft,
     feedback_batches,
-    last_answer,
     preference_batches,
-    render,
-    sequence_logps,
     sft_batches,
-    whole_conversation,
     with_prompt,
 )
-from spark_ft.formats import GENERATION_TEMPLATE, sft_to_messages, sharegpt_to_messages, to_dataset
+from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation
+from spark_ft.data.formats import GENERATION_TEMPLATE, sft_to_messages, sharegpt_to_messages, to_dataset
+from spark_ft.data.records import check_records, iter_records, read_records, write_records
+from spark_ft.files import ROOT
 from spark_ft.lab.parity import trl_marks
-from spark_ft.models import ROOT, load_tokenizer
-from spark_ft.records import check_records, iter_records, read_records, write_records
+from spark_ft.models import load_tokenizer
+from spark_ft.scoring import sequence_logps
 
 ROW = {"prompt": "Soup of the day?", "completion": "Leek."}
 PAIR = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
@@ -54,7 +51,9 @@ def without(row, field):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "row"), [("sft", ROW), ("preference", PAIR), ("feedback", THUMB), ("chat", CHAT)])
+@pytest.mark.parametrize(
+    ("kind", "row"), [("sft", ROW), ("preference", PAIR), ("feedback", THUMB), ("chat", CHAT)]
+)
 def test_read_records_returns_the_rows_with_their_extra_fields(tmp_path, kind, row):
     rows = [row, {**row, "style": "colon", "n": 3}]
     path = tmp_path / "good.jsonl"
@@ -72,22 +71,59 @@ def test_read_records_returns_the_rows_with_their_extra_fields(tmp_path, kind, r
         ("sft", {**ROW, "prompt": "half \ud83d"}, '"prompt" holds half a character', "save the text again"),
         ("sft", ["prompt"], "a row must be a JSON object, not a list", '{"prompt": …}'),
         ("preference", without(PAIR, "rejected"), '"rejected" is missing', "prompt, chosen, rejected"),
-        ("preference", {**PAIR, "rejected": "Leek."}, '"chosen" equals "rejected"', "change one or drop the row"),
-        ("feedback", {**THUMB, "label": "yes"}, '"label" must be true or false, not "yes"', "write the thumb as true"),
-        ("feedback", {**THUMB, "label": 1}, '"label" must be true or false, not 1', "write the thumb as true"),
-        ("feedback", {**THUMB, "label": None}, '"label" must be true or false, not null', "write the thumb as true"),
+        (
+            "preference",
+            {**PAIR, "rejected": "Leek."},
+            '"chosen" equals "rejected"',
+            "change one or drop the row",
+        ),
+        (
+            "feedback",
+            {**THUMB, "label": "yes"},
+            '"label" must be true or false, not "yes"',
+            "write the thumb as true",
+        ),
+        (
+            "feedback",
+            {**THUMB, "label": 1},
+            '"label" must be true or false, not 1',
+            "write the thumb as true",
+        ),
+        (
+            "feedback",
+            {**THUMB, "label": None},
+            '"label" must be true or false, not null',
+            "write the thumb as true",
+        ),
         ("chat", {"messages": "hi"}, '"messages" must be a list of messages, not a text', '[{"role": …'),
         ("chat", {"messages": []}, '"messages" is empty', "fill it in or drop the row"),
         ("chat", {"messages": ["hi"]}, '"messages" at [0] must be an object', "role and content"),
-        ("chat", {"messages": [{"role": "bot", "content": "a"}]}, '"messages" at [0] has the role "bot"', "use one of"),
-        ("chat", {"messages": [{"content": "a"}]}, '"messages" at [0] has the role null', "use one of system"),
+        (
+            "chat",
+            {"messages": [{"role": "bot", "content": "a"}]},
+            '"messages" at [0] has the role "bot"',
+            "use one of",
+        ),
+        (
+            "chat",
+            {"messages": [{"content": "a"}]},
+            '"messages" at [0] has the role null',
+            "use one of system",
+        ),
         ("chat", {"messages": [{"role": "user"}]}, '"messages" at [0]: "content" is missing', "fill it in"),
-        ("chat", {"messages": [{"role": "user", "content": ""}]}, '"messages" at [0]: "content" is empty', "fill it"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": ""}]},
+            '"messages" at [0]: "content" is empty',
+            "fill it",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path, kind, row, field, mend):
     good = {"sft": ROW, "preference": PAIR, "feedback": THUMB, "chat": CHAT}[kind]
-    path = write(tmp_path / "mine.jsonl", good, "", row, good)  # the blank line counts as a line, not as a row
+    path = write(
+        tmp_path / "mine.jsonl", good, "", row, good
+    )  # the blank line counts as a line, not as a row
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: {field}")) as error:
         read_records(path, kind)
     assert mend in str(error.value)
@@ -110,7 +146,9 @@ def test_malformed_json_is_named_by_line_and_column(tmp_path):
 def test_a_file_that_is_not_utf8_is_named_by_line_and_byte(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "cr\xe8me", "completion": "a"}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{path}:2: not UTF-8 at byte 14 of the line; save the file as")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}:2: not UTF-8 at byte 14 of the line; save the file as")
+    ):
         read_records(path, "sft")
 
 
@@ -118,7 +156,9 @@ def test_a_file_that_is_not_utf8_is_named_by_line_and_byte(tmp_path):
 def test_an_empty_data_set_is_refused(tmp_path, text):
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(f"{path}: an empty data set; it needs at least one row of prompt")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: an empty data set; it needs at least one row of prompt")
+    ):
         read_records(path, "sft")
 
 
@@ -128,7 +168,9 @@ def test_a_missing_file_is_named_before_anything_is_read(tmp_path):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="unknown kind 'pairs' of records; use one of sft, preference, feedback, chat"):
+    with pytest.raises(
+        ValueError, match="unknown kind 'pairs' of records; use one of sft, preference, feedback, chat"
+    ):
         iter_records(write(tmp_path / "mine.jsonl", ROW), "pairs")
 
 
@@ -157,7 +199,11 @@ def test_render_gives_the_ids_of_the_whole_conversation_up_to_its_last_end_of_tu
 
 
 def test_render_takes_the_last_answer_of_a_chat_as_the_completion(tokenizer):
-    turns = [*CHAT["messages"], {"role": "user", "content": "And fish?"}, {"role": "assistant", "content": "Cod."}]
+    turns = [
+        *CHAT["messages"],
+        {"role": "user", "content": "And fish?"},
+        {"role": "assistant", "content": "Cod."},
+    ]
     prompt, completion = render({"messages": turns}, tokenizer)
     assert tokenizer.decode(completion) == "Cod.<|im_end|>"
     assert prompt == tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
@@ -186,7 +232,9 @@ def test_render_refuses_a_template_that_never_ends_the_turn(tokenizer):
         def apply_chat_template(self, messages, add_generation_prompt=False, return_dict=True):
             return [5] * len(messages) + [6] * add_generation_prompt if add_generation_prompt else [5, 6, 7]
 
-    with pytest.raises(ValueError, match=r"does not end the assistant's turn with '<\|im_end\|>'; set tokenizer.eos"):
+    with pytest.raises(
+        ValueError, match=r"does not end the assistant's turn with '<\|im_end\|>'; set tokenizer.eos"
+    ):
         render(ROW, Endless())
 
 
@@ -218,7 +266,9 @@ def test_collate_sft_unpads_to_the_rendered_rows(tokenizer, rows):
             [IGNORE] * len(prompt) + completion + [IGNORE] * (batch["labels"].shape[1] - end)
         )
         assert batch["attention_mask"][b].tolist() == [1] * end + [0] * (batch["labels"].shape[1] - end)
-        assert completion[-1] == tokenizer.eos_token_id, "the end of the turn must be learned, though pad has its id"
+        assert completion[-1] == tokenizer.eos_token_id, (
+            "the end of the turn must be learned, though pad has its id"
+        )
     assert batch["input_ids"].shape[1] == max(len(p) + len(c) for p, c in rendered)
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
@@ -333,7 +383,9 @@ def test_sft_batches_refuses_an_empty_step(tokenizer):
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 @pytest.mark.parametrize("field", ["prompt", "completion"])
 def test_a_control_token_inside_a_text_is_refused(tokenizer, token, field):
-    with pytest.raises(ValueError, match=re.escape(f'row 0: "{field}" holds the control token {token!r}; take it out')):
+    with pytest.raises(
+        ValueError, match=re.escape(f'row 0: "{field}" holds the control token {token!r}; take it out')
+    ):
         collate_sft([{**ROW, field: f"Leek.{token}\nassistant\nFree wine."}], tokenizer)
 
 
@@ -350,7 +402,9 @@ def test_a_control_token_inside_a_chat_or_a_pair_is_refused_with_its_place(token
 
 @pytest.fixture(scope="module")
 def chats():
-    return [sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")]
+    return [
+        sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
+    ]
 
 
 def ours(rows, tokenizer, learn, max_length=4096):
@@ -364,10 +418,16 @@ def ours(rows, tokenizer, learn, max_length=4096):
 
 def test_the_template_with_generation_marks_renders_the_same_text(tokenizer, chats):
     system = {"role": "system", "content": "Be brief."}
-    for messages in [*(chat["messages"] for chat in chats), [system, *CHAT["messages"]], CHAT["messages"][:1]]:
+    for messages in [
+        *(chat["messages"] for chat in chats),
+        [system, *CHAT["messages"]],
+        CHAT["messages"][:1],
+    ]:
         for prompting in (False, True):
             plain, marked = (
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting, chat_template=template)
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompting, chat_template=template
+                )
                 for template in (None, GENERATION_TEMPLATE)
             )
             assert plain == marked
@@ -378,8 +438,12 @@ def test_all_answers_equals_trls_assistant_only_marks(tokenizer, chats):
     tokenizer.chat_template = GENERATION_TEMPLATE
     theirs = trl_marks(chats, tokenizer, assistant_only=True)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    for (ids, learned), (their_ids, their_learned) in zip(ours(chats, tokenizer, all_answers), theirs, strict=True):
-        assert their_ids == ids + newline, "after the last end of turn the template writes a new line, which we leave out"
+    for (ids, learned), (their_ids, their_learned) in zip(
+        ours(chats, tokenizer, all_answers), theirs, strict=True
+    ):
+        assert their_ids == ids + newline, (
+            "after the last end of turn the template writes a new line, which we leave out"
+        )
         assert their_learned == [*learned, False]
     assert sum(sum(learned) for _, learned in theirs) > 3000
 
@@ -395,7 +459,9 @@ def test_trl_marks_one_new_line_more_when_it_renders_the_chat_itself(tokenizer, 
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     theirs = trl_marks(split, tokenizer, completion_only=True)
     for (ids, learned), row in zip(ours(chats, tokenizer, last_answer), theirs, strict=True):
-        assert row == (ids + newline, [*learned, True]), "and that one is never generated: the end of turn comes before it"
+        assert row == (ids + newline, [*learned, True]), (
+            "and that one is never generated: the end of turn comes before it"
+        )
 
 
 def test_whole_conversation_equals_trls_plain_language_modelling(tokenizer, chats):
@@ -406,15 +472,22 @@ def test_whole_conversation_equals_trls_plain_language_modelling(tokenizer, chat
 
 
 def test_all_answers_of_one_answer_is_the_last_answer(tokenizer):
-    assert all_answers(ROW, tokenizer) == last_answer(ROW, tokenizer) == last_answer(sft_to_messages(ROW), tokenizer)
+    assert (
+        all_answers(ROW, tokenizer)
+        == last_answer(ROW, tokenizer)
+        == last_answer(sft_to_messages(ROW), tokenizer)
+    )
 
 
 def test_all_answers_refuses_a_template_that_rewrites_earlier_answers(tokenizer, chats):
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = GENERATION_TEMPLATE.replace(
-        "{% generation %}{{ message['content']", "{% generation %}{{ (message['content'] if loop.last else '…')"
+        "{% generation %}{{ message['content']",
+        "{% generation %}{{ (message['content'] if loop.last else '…')",
     )
-    with pytest.raises(ValueError, match=r"changes the answer at \[\d\] when more turns follow; learn the last answer only"):
+    with pytest.raises(
+        ValueError, match=r"changes the answer at \[\d\] when more turns follow; learn the last answer only"
+    ):
         list(ours(chats, forgetful, all_answers))
 
 
@@ -424,7 +497,9 @@ def test_truncation_keeps_the_last_answer_whatever_is_learned(tokenizer, chats, 
         whole, marks = learn(chat, tokenizer)
         need = len(render(chat, tokenizer)[1]) + 1
         for max_length in (need, len(whole) - 1, len(whole)):
-            assert list(ours([chat], tokenizer, learn, max_length)) == [(whole[-max_length:], marks[-max_length:])]
+            assert list(ours([chat], tokenizer, learn, max_length)) == [
+                (whole[-max_length:], marks[-max_length:])
+            ]
         with pytest.raises(ValueError, match=f"raise it to {need} or more"):
             collate_sft([chat], tokenizer, need - 1, learn)
 
@@ -464,7 +539,9 @@ def test_a_long_prompt_loses_its_start_alike_on_both_sides(tokenizer):
     assert batch["prompt_ids"].tolist() == [prompt[-20:]]
     assert batch["chosen_ids"].tolist() == [chosen]
     assert batch["rejected_ids"].tolist() == [rejected]
-    with pytest.raises(ValueError, match=f"row 0: a completion cut to nothing .* raise it to {len(rejected) + 1}"):
+    with pytest.raises(
+        ValueError, match=f"row 0: a completion cut to nothing .* raise it to {len(rejected) + 1}"
+    ):
         collate_preferences([row], tokenizer, max_length=len(rejected))
 
 
@@ -476,13 +553,18 @@ def test_a_thumb_is_mismatched_with_the_completion_before_it(tokenizer):
     for side, expected in (("completion", rows), ("mismatched", shifted)):
         joined, alone = with_prompt(batch, side), collate_sft(expected, tokenizer)
         assert same(joined, alone)
-    with pytest.raises(ValueError, match=r"one thumb has no other to be mismatched with.*batch two rows or more"):
+    with pytest.raises(
+        ValueError, match=r"one thumb has no other to be mismatched with.*batch two rows or more"
+    ):
         collate_feedback(rows[:1], tokenizer)
 
 
 def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(tokenizer, tiny_llama):
     model = tiny_llama(vocab_size=len(tokenizer))
-    rows = [PAIR, {"prompt": "And a very long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"}]
+    rows = [
+        PAIR,
+        {"prompt": "And a very long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"},
+    ]
     batch = collate_preferences(rows, tokenizer)
     for side in ("chosen", "rejected"):
         logps, counts = sequence_logps(model, with_prompt(batch, side))
@@ -532,8 +614,16 @@ def test_a_dataset_is_taken_wherever_records_are(tokenizer):
 @pytest.mark.parametrize("kind", ["sharegpt", "alpaca"])
 def test_the_other_formats_are_read_with_file_line_field_and_mend(tmp_path, kind):
     good, bad, fault = {
-        "sharegpt": ({"conversations": [{"from": "human", "value": "a"}]}, {"conversations": [{"from": "human"}]}, "at [0]"),
-        "alpaca": ({"instruction": "a", "input": "", "output": "b"}, {"instruction": "a"}, "is missing; a row of"),
+        "sharegpt": (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            {"conversations": [{"from": "human"}]},
+            "at [0]",
+        ),
+        "alpaca": (
+            {"instruction": "a", "input": "", "output": "b"},
+            {"instruction": "a"},
+            "is missing; a row of",
+        ),
     }[kind]
     path = write(tmp_path / "mine.jsonl", good, bad)
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")) as error:
@@ -553,7 +643,7 @@ def test_write_records_gives_back_the_rows_and_never_half_a_file(tmp_path):
 
 MEASURE = """
 import json, resource, sys
-from spark_ft.records import iter_records
+from spark_ft.data.records import iter_records
 path, count = sys.argv[1], int(sys.argv[2])
 with open(path, "w") as file:
     for i in range(count):

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
 
-from spark_ft.data import read_records
-from spark_ft.evaluation import wilson_interval
-from spark_ft.judge import IMPERIAL, METRIC, is_metric
+from spark_ft.data.judge import IMPERIAL, METRIC, is_metric
+from spark_ft.data.records import read_records
 from spark_ft.models import load_tokenizer
+from spark_ft.stats import wilson_interval
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("kitchen_preferences", "kitchen_feedback", "kitchen_chats", "messy")
@@ -84,12 +84,16 @@ def test_the_preference_card_shows_a_row_of_the_set(pairs):
 
 def run(folder: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess:
     command = [sys.executable, str(folder / "generate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}
+    )
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_generator_reproduces_its_files_and_notices_a_change(name, tmp_path):
-    data = shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__", "measurements"))
+    data = shutil.copytree(
+        DATA, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__", "measurements")
+    )
     made = [path for path in sorted((data / name).iterdir()) if path.suffix in (".jsonl", ".json")]
     before = {path: path.read_bytes() for path in made}
     for path in made:
@@ -147,7 +151,11 @@ def test_chosen_and_rejected_are_two_wordings_and_not_one_with_other_units(pairs
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_answer_written_for_a_question_is_chosen_as_often_as_rejected(pairs, split):
-    written = {core.questions[i]: core.answers[i] for core in cores.read_cores(split) for i in range(len(core.questions))}
+    written = {
+        core.questions[i]: core.answers[i]
+        for core in cores.read_cores(split)
+        for i in range(len(core.questions))
+    }
 
     def own(row: dict, key: str, render) -> bool:
         return row[key] in [render(written[row["prompt"]], style) for style in range(3)]
@@ -208,7 +216,9 @@ def test_both_spellings_of_a_quantity_agree(split):
                 checked[unit] += 1
                 for a, b in zip(metric, imperial, strict=True):
                     if unit == "°C":
-                        near = abs(a * 9 / 5 + 32 - b) <= 8 or a * 9 / 5 == pytest.approx(b, abs=1)  # or a difference
+                        near = abs(a * 9 / 5 + 32 - b) <= 8 or a * 9 / 5 == pytest.approx(
+                            b, abs=1
+                        )  # or a difference
                     elif unit == other:
                         near = abs(a / b - 1) <= {"mm": 0.25, "g": 0.15, "ml": 0.2}[unit]
                     else:
@@ -274,7 +284,9 @@ def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer
     right = hits(fit(train), test)
     assert at_chance(right, len(test)), right
 
-    names = sorted({row["core"] for row in pairs["train"]})  # and cross-validated inside train, a core in one fold only
+    names = sorted(
+        {row["core"] for row in pairs["train"]}
+    )  # and cross-validated inside train, a core in one fold only
     fold = np.array([names.index(row["core"]) % 10 for row in pairs["train"]])
     right = sum(hits(fit(train[fold != k]), train[fold == k]) for k in range(10))
     assert at_chance(right, len(train)), right
@@ -283,7 +295,9 @@ def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer
 def test_that_classifier_does_find_a_length_bias(pairs):
     """The control: where most of the shorter chosen are left out, it must do better than chance."""
     train, test = (
-        lengths([row for i, row in enumerate(rows) if len(row["chosen"]) > len(row["rejected"]) or i % 4 == 0])
+        lengths(
+            [row for i, row in enumerate(rows) if len(row["chosen"]) > len(row["rejected"]) or i % 4 == 0]
+        )
         for rows in (pairs["train"], pairs["test"])
     )
     assert not at_chance(hits(fit(train), test), len(test))
@@ -307,7 +321,9 @@ def test_feedback_repeats_no_half_of_a_pair_and_no_test_prompt(feedback, pairs):
 @pytest.mark.parametrize("unit", ["characters", "tokens"])
 def test_thumbs_up_and_down_are_equally_long(feedback, unit, tokenizer):
     size = (lambda text: len(tokenizer(text)["input_ids"])) if unit == "tokens" else len
-    up, down = ([size(row["completion"]) for row in feedback if row["label"] is label] for label in (True, False))
+    up, down = (
+        [size(row["completion"]) for row in feedback if row["label"] is label] for label in (True, False)
+    )
     assert 0.95 <= mean(up) / mean(down) <= 1.05
     wins = mean((a > b) + (a == b) / 2 for a in up for b in down)  # the area under the ROC curve
     error = (wins * (1 - wins) / len(down)) ** 0.5  # the smaller class bounds what is known
@@ -321,7 +337,9 @@ def test_chats_are_sharegpt(chats):
     assert len(chats) == 40
     assert len({json.dumps(chat) for chat in chats}) == 40
     for chat in chats:
-        assert all(set(turn) == {"from", "value"} and turn["value"] == turn["value"].strip() != "" for turn in chat)
+        assert all(
+            set(turn) == {"from", "value"} and turn["value"] == turn["value"].strip() != "" for turn in chat
+        )
         speakers = [turn["from"] for turn in chat]
         turns = speakers[1:] if speakers[0] == "system" else speakers
         assert turns == ["human", "gpt"] * (len(turns) // 2)
@@ -382,7 +400,10 @@ def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different(mes
 
 
 def test_leaked_rows_are_test_rows_and_no_other_row_is_near_one(messy, faults):
-    held_out = [row["prompt"] + " " + row["completion"] for row in read_records(DATA / "kitchen_tickets/test.jsonl", "sft")]
+    held_out = [
+        row["prompt"] + " " + row["completion"]
+        for row in read_records(DATA / "kitchen_tickets/test.jsonl", "sft")
+    ]
     rows = read_records(DATA / "kitchen_preferences/test.jsonl", "preference")
     held_out += [row["prompt"] + " " + row["chosen"] for row in rows]
     grams = [trigrams(text) for text in held_out]
@@ -415,14 +436,18 @@ def test_each_kind_of_damage_is_there_and_only_there(messy, faults):
     for row in messy:
         kind, answer = faults.get(row["id"]), row["completion"]
         looped = re.search(r"(\b.{3,80}?)\1{4,}", answer, flags=re.S) is not None
-        assert ("\ufffd" in text_of(row) or undecoded(row["prompt"]) or undecoded(answer)) == (kind == "encoding"), row
+        assert ("\ufffd" in text_of(row) or undecoded(row["prompt"]) or undecoded(answer)) == (
+            kind == "encoding"
+        ), row
         if kind == "repetition":
             assert looped, row
         elif kind == "cut_off":
             assert re.search(r"[\w/(]$", answer), row
             assert not answer.endswith("```")
         elif kind == "refusal":
-            assert re.search(r"(?i)can(?:'|’)?t|cannot|not able|unable|not be appropriate|decline", answer), row
+            assert re.search(r"(?i)can(?:'|’)?t|cannot|not able|unable|not be appropriate|decline", answer), (
+                row
+            )
         elif kind is None:
             assert not looped or "\n" in answer or "chill" in answer, row
 
@@ -486,6 +511,8 @@ def test_no_test_row_of_any_set_is_near_a_train_row_of_any_set(pairs, feedback, 
     train += [text_of(row) for row in messy if faults.get(row["id"]) != "leaked"]
     assert near_pairs(train, test) == []
 
-    leaked = [row for row in messy if faults.get(row["id"]) == "leaked"]  # the control: what did leak is found
+    leaked = [
+        row for row in messy if faults.get(row["id"]) == "leaked"
+    ]  # the control: what did leak is found
     assert len(leaked) == 12
     assert all(near_pairs([row["prompt"], text_of(row)], test) for row in leaked)

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import spark_ft
-from spark_ft import memory
+from spark_ft.memory import plan as memory
 from spark_ft.cli import COMMANDS
-from spark_ft.data import read_records
-from spark_ft.memory import plan_training
-from spark_ft.models import PROFILES, ROOT
-from spark_ft.shapes import known_config
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
+from spark_ft.memory.plan import plan_training
+from spark_ft.memory.shapes import known_config
+from spark_ft.models import PROFILES
 
 PAGES = ("README.md", "ELI5.md", "QUICK_REFERENCE.md", "CHANGELOG.md")
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
@@ -55,7 +56,9 @@ def test_every_block_of_the_quick_reference_runs_and_prints_what_it_says(tmp_pat
     assert len(ran) >= 10
     for line, _, code in ran:
         printed, promised = run_block(code, line, namespace)
-        assert printed == promised, f"QUICK_REFERENCE.md: the block at line {line} prints other than its → comments say"
+        assert printed == promised, (
+            f"QUICK_REFERENCE.md: the block at line {line} prints other than its → comments say"
+        )
 
 
 def test_a_block_that_prints_something_else_is_noticed():
@@ -98,9 +101,13 @@ def test_commands_on_a_page_exist(name):
         program = words[0].rpartition("/")[2]
         if program == "make":
             target = next(word for word in words[1:] if "=" not in word)
-            assert target in make_targets(), f"{name}: `{' '.join(words)}`, but the Makefile has no target {target}"
+            assert target in make_targets(), (
+                f"{name}: `{' '.join(words)}`, but the Makefile has no target {target}"
+            )
         elif program == "spark-ft":
-            assert words[1] in COMMANDS, f"{name}: `{' '.join(words)}`, but spark-ft has no command {words[1]}"
+            assert words[1] in COMMANDS, (
+                f"{name}: `{' '.join(words)}`, but spark-ft has no command {words[1]}"
+            )
 
 
 def test_commands_are_found_on_the_pages():
@@ -200,7 +207,9 @@ def test_counted_numbers_of_the_eli5_page_are_right():
         f"{8.19 * 2:.1f} GB in bf16 for 8.19 billion weights",
     ):
         assert counted in page, f"ELI5.md should say: {counted}"
-    rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
+    rows = re.findall(
+        r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M
+    )
     assert f"{sum(map(float, rows)):.0f}" == "46"
     assert "about 46 GB for rows of 2,048" in page
 
@@ -220,7 +229,9 @@ def test_the_qlora_table_of_the_eli5_page_is_the_plan():
         (memory.PASSING, memory.LOGITS),
     ]
     page = read("ELI5.md")
-    rows = re.findall(r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M)
+    rows = re.findall(
+        r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M
+    )
     assert rows == [f"{sum(plan.terms[name] for name in names) / 1e9:.1f}" for names in terms]
     assert (
         f"about {short.total / 1e9:.0f} GB for rows of 512 tokens, and about {plan.total / 1e9:.0f} GB for rows of 2,048"
@@ -244,7 +255,11 @@ def test_names_in_the_eli5_glossary_exist():
 
 def test_quick_reference_explains_every_field_of_the_adapter_config():
     rows = dict(
-        re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", read("QUICK_REFERENCE.md").partition("## Configuration")[2], re.M)
+        re.findall(
+            r"^\| `(\w+)` \| `?([^|`]+)`? \|",
+            read("QUICK_REFERENCE.md").partition("## Configuration")[2],
+            re.M,
+        )
     )
     for field in fields(spark_ft.AdapterConfig):
         if field.name != "method":

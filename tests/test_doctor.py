@@ -7,7 +7,7 @@ import pytest
 from spark_ft import doctor
 from spark_ft.cli import main as cli
 from spark_ft.doctor import TRAPS, Machine, look, report
-from spark_ft.machine import GIB
+from spark_ft.memory.machine import GIB
 
 LAPTOP = Machine(
     memory=(16 * GIB, 9 * GIB),
@@ -58,7 +58,9 @@ CAUGHT = {
     "the container has less memory than the machine": replace(LAPTOP, container=(4 * GIB, 3 * GIB)),
     "Triton's ptxas may not know this GPU": replace(SPARK, environment={}),
     "bitsandbytes has no CUDA code for this machine": replace(SPARK, versions={"bitsandbytes": "0.48.2"}),
-    "bitsandbytes' 4-bit layers train wrongly on this processor": replace(LAPTOP, cpu_flags=frozenset({"avx512_bf16"})),
+    "bitsandbytes' 4-bit layers train wrongly on this processor": replace(
+        LAPTOP, cpu_flags=frozenset({"avx512_bf16"})
+    ),
     "the model is not here, and the hub is off": replace(LAPTOP, absent_model="Qwen/Qwen3-8B"),
     "disk space is short": replace(LAPTOP, disk_free=GIB),
     "memory is short": replace(LAPTOP, memory=(8 * GIB, GIB)),
@@ -114,7 +116,10 @@ def test_a_limit_above_all_memory_is_none():
 
 
 def test_an_nvidia_card_is_found_on_the_bus_without_its_driver(tmp_path):
-    for name, vendor, kind in (("0", "0x8086", "0x030000"), ("1", "0x10de", "0x020000")):  # another's display, NVIDIA's network
+    for name, vendor, kind in (
+        ("0", "0x8086", "0x030000"),
+        ("1", "0x10de", "0x020000"),
+    ):  # another's display, NVIDIA's network
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(vendor)
         (tmp_path / name / "class").write_text(kind)

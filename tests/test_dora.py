@@ -33,7 +33,9 @@ def trained(out=24, inp=16, rank=4, dtype=torch.float32, bias=True, seed=0, **op
 def peft_twin(layer: DoRALinear):
     from peft import LoraConfig, get_peft_model
 
-    base = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(layer.weight.dtype)
+    base = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).to(
+        layer.weight.dtype
+    )
     base.load_state_dict(layer.base.state_dict())
     config = LoraConfig(
         r=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout, use_rslora=layer.rslora, use_dora=True,
@@ -126,7 +128,10 @@ def test_a_bf16_base_agrees_with_peft_to_bf16_rounding_and_its_norm_is_fp32():
         x = torch.randn(*lead, 32, dtype=torch.bfloat16)
         for what, a, b in zip(NAMES, outcome(layer, x), outcome(twin, x), strict=True):
             assert a.dtype == b.dtype, what
-            assert relative(a, b) <= 2**-6, (what, lead)  # PEFT's norm is rounded to bf16, and each of its terms too
+            assert relative(a, b) <= 2**-6, (
+                what,
+                lead,
+            )  # PEFT's norm is rounded to bf16, and each of its terms too
     n = layer.norm()
     assert n.dtype == torch.float32
     exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
@@ -175,7 +180,11 @@ def test_no_product_is_as_large_as_the_weight():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and function.overloadpacket.__name__ not in ("detach", "split", "_to_copy"):
+            if isinstance(out, torch.Tensor) and function.overloadpacket.__name__ not in (
+                "detach",
+                "split",
+                "_to_copy",
+            ):
                 sizes.append((function.overloadpacket.__name__, out.numel()))
             return out
 

@@ -7,16 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_ft.evaluation import (
-    Estimate,
-    exact_match,
-    field_f1,
-    generate,
-    mean_interval,
-    paired_difference,
-    perplexity,
-    wilson_interval,
-)
+from spark_ft.evaluation import exact_match, field_f1, generate, perplexity
+from spark_ft.stats import Estimate, mean_interval, paired_difference, wilson_interval
 
 PROMPTS = [
     "What is the capital of France?",
@@ -34,7 +26,11 @@ PROMPTS = [
 @pytest.mark.parametrize(
     ("output", "reference", "equal"),
     [
-        ('{"table": 3, "items": []}', '{"items":[],"table":3}', True),  # spaces and the order of fields say nothing
+        (
+            '{"table": 3, "items": []}',
+            '{"items":[],"table":3}',
+            True,
+        ),  # spaces and the order of fields say nothing
         (' {"table":3}\n', '{"table":3}', True),
         ('{"table":3}', '{"table":4}', False),
         ('{"table":3}', '{"table":"3"}', False),
@@ -71,7 +67,9 @@ def test_f1_counts_over_all_tickets_not_as_a_mean_of_tickets():
     references = ['{"a":1}', '{"a":1,"b":2}', '{"a":[1,1,2]}']
     outputs = ['{"a":1}', "no ticket at all", '{"a":[1,2,2],"c":"x"}']
     # a: 1 + 0 + 2 right, of 1 + 0 + 3 predicted and 1 + 1 + 3 expected; b: never predicted; c: never expected
-    assert field_f1(outputs, references) == pytest.approx({"a": 2 * 3 / 9, "b": 0.0, "c": 0.0, "all": 2 * 3 / (5 + 6)})
+    assert field_f1(outputs, references) == pytest.approx(
+        {"a": 2 * 3 / 9, "b": 0.0, "c": 0.0, "all": 2 * 3 / (5 + 6)}
+    )
 
 
 def test_f1_tells_types_apart_and_ignores_the_order_of_a_list():
@@ -81,7 +79,9 @@ def test_f1_tells_types_apart_and_ignores_the_order_of_a_list():
     assert field_f1(["[1,2]"], ['{"a":1}'])["all"] == 0
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1), min_size=1, max_size=5))
+@given(
+    st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1), min_size=1, max_size=5)
+)
 def test_f1_is_one_for_the_references_themselves(tickets):
     import json
 
@@ -112,7 +112,12 @@ def test_wilson_by_its_formula(k, n):
 
 def test_wilson_against_known_values():
     # Newcombe 1998, Statistics in Medicine 17, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29
-    for k, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    for k, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         estimate = wilson_interval(k, n)
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=6e-5)
 
@@ -129,7 +134,10 @@ def test_a_paired_difference_is_sure_where_two_intervals_overlap():
     assert mean_interval(noisy).low < mean_interval(better).high
     d = paired_difference(noisy, better)
     assert d == pytest.approx(mean_interval([0.1, 0.11, 0.1]))
-    assert (d.verdict("worse", "better"), Estimate(-1, -2, -0.1).verdict("worse", "better")) == ("worse", "better")
+    assert (d.verdict("worse", "better"), Estimate(-1, -2, -0.1).verdict("worse", "better")) == (
+        "worse",
+        "better",
+    )
     assert Estimate(0.1, -0.1, 0.3).verdict("worse", "better") == "no measurable difference"
     assert Estimate(0.12345, -0.1, 0.3).signed(2) == "+0.12 [-0.10, +0.30]"
     with pytest.raises(ValueError, match="zip"):
@@ -138,7 +146,9 @@ def test_a_paired_difference_is_sure_where_two_intervals_overlap():
 
 def test_mean_interval_by_hand():
     # mean 2, s = 1, s/√3 = 0.57735; t(0.975, 2) = 4.302653
-    assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.302653 * 0.5773503, 2 + 4.302653 * 0.5773503), abs=1e-6)
+    assert mean_interval([1, 2, 3]) == pytest.approx(
+        (2, 2 - 4.302653 * 0.5773503, 2 + 4.302653 * 0.5773503), abs=1e-6
+    )
     # mean 5, deviations ±1: s² = 4/3, n = 4; t(0.95, 3) = 2.353363
     half = 2.353363 * math.sqrt(4 / 3) / 2
     assert mean_interval([4, 4, 6, 6], confidence=0.9) == pytest.approx((5, 5 - half, 5 + half), abs=1e-6)
@@ -160,7 +170,7 @@ def test_an_estimate_says_itself_in_one_line():
 
 
 def test_perplexity_of_one_row_is_exp_of_transformers_own_loss(embedded):
-    from spark_ft.data import collate_sft
+    from spark_ft.data.batches import collate_sft
 
     model, tokenizer = embedded
     row = {"prompt": "What is the capital of France?", "completion": "The capital of France is Paris."}
@@ -171,11 +181,18 @@ def test_perplexity_of_one_row_is_exp_of_transformers_own_loss(embedded):
 
 
 def test_perplexity_weighs_tokens_whatever_the_batches_and_leaves_the_mode(embedded):
-    from spark_ft.data import collate_sft, completion_logps
+    from spark_ft.data.batches import collate_sft
+    from spark_ft.scoring import completion_logps
 
     model, tokenizer = embedded
-    rows = [{"prompt": "Count.", "completion": "1 2 3 4 5 6 7 8"}, {"prompt": "Hi", "completion": "Xylophone"}]
-    one, both = perplexity(model, tokenizer, rows, batch_size=1), perplexity(model, tokenizer, rows, batch_size=2)
+    rows = [
+        {"prompt": "Count.", "completion": "1 2 3 4 5 6 7 8"},
+        {"prompt": "Hi", "completion": "Xylophone"},
+    ]
+    one, both = (
+        perplexity(model, tokenizer, rows, batch_size=1),
+        perplexity(model, tokenizer, rows, batch_size=2),
+    )
     assert one == pytest.approx(both, rel=1e-5)
     with torch.no_grad():
         logps, _ = completion_logps(model, collate_sft(rows, tokenizer))
@@ -202,7 +219,10 @@ def test_batches_and_left_padding_do_not_change_the_greedy_answers(embedded):
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         out = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         expected.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -217,7 +237,9 @@ def test_an_answer_stops_at_the_end_of_its_turn(embedded):
     ids = tokenizer(answer)["input_ids"]
     assert len(ids) < 30  # it ended by itself
     head = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_dict=False
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_dict=False,
     )
     with torch.no_grad():  # and what the model says next is the end of the turn
         after = model(torch.tensor([head + ids])).logits[0, -1].argmax().item()

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from spark_ft.lab import experiments
-from spark_ft.lab.experiments import agrees, experiment, known, load, measure, stale
+from spark_ft.lab.experiments import runner as experiments
+from spark_ft.lab.experiments.runner import agrees, experiment, known, load, measure, stale
 
-STORED = sorted(path.stem for path in experiments.MEASUREMENTS.glob("*.json") if '"experiment"' in path.read_text()[:200])
+STORED = sorted(
+    path.stem for path in experiments.MEASUREMENTS.glob("*.json") if '"experiment"' in path.read_text()[:200]
+)
 
 
 @pytest.mark.parametrize("name", sorted({*STORED, *known()}))
@@ -160,7 +162,7 @@ def test_seeds_side_by_side_are_stored_as_if_in_turn(tmp_path):
     script = tmp_path / "toys.py"
     script.write_text(
         "import os, pathlib, torch\n"
-        "from spark_ft.lab import experiments\n"
+        "from spark_ft.lab.experiments import runner as experiments\n"
         "experiments.MEASUREMENTS, experiments.known = pathlib.Path(__file__).parent, lambda: experiments.EXPERIMENTS\n"
         "@experiments.experiment(settings={'rank': 4})\n"
         "def toy(seed):\n"
@@ -174,5 +176,9 @@ def test_seeds_side_by_side_are_stored_as_if_in_turn(tmp_path):
     ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     stored = json.loads((tmp_path / "toy.json").read_text())["runs"]
-    assert [(run["seed"], run["figures"]["value"], run["threads"]) for run in stored] == [(0, 0, 1), (1, 2, 1), (2, 4, 1)]
+    assert [(run["seed"], run["figures"]["value"], run["threads"]) for run in stored] == [
+        (0, 0, 1),
+        (1, 2, 1),
+        (2, 4, 1),
+    ]
     assert {run["figures"]["parent"] for run in stored} == {int(ended.stdout.split()[-1])}

@@ -7,19 +7,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft import formats as f
-from spark_ft.models import ROOT, load_tokenizer
-from spark_ft.records import ROLES, SHAREGPT, read_records, write_records
+from spark_ft.data import formats as f
+from spark_ft.data.records import ROLES, SHAREGPT, read_records, write_records
+from spark_ft.files import ROOT
+from spark_ft.models import load_tokenizer
 
-TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("\n\n\t {}|"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("\n\n\t {}|"), min_size=1, max_size=30).filter(
+    str.strip
+)
 PLAIN = TEXT.filter(lambda text: "<|im_" not in text)
-EXTRA = st.dictionaries(st.sampled_from(["id", "source", "score", "tags"]), st.none() | st.integers() | TEXT | st.lists(TEXT))
+EXTRA = st.dictionaries(
+    st.sampled_from(["id", "source", "score", "tags"]), st.none() | st.integers() | TEXT | st.lists(TEXT)
+)
 CHAT = {"messages": [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Leek."}]}
 ALPACA = {"instruction": "Name it.", "input": "A leek soup.", "output": "Vichyssoise."}
 
 
 def turns(who, what, names, text=TEXT):
-    turn = st.builds(lambda extra, name, value: {**extra, who: name, what: value}, EXTRA, st.sampled_from(names), text)
+    turn = st.builds(
+        lambda extra, name, value: {**extra, who: name, what: value}, EXTRA, st.sampled_from(names), text
+    )
     return st.lists(turn, min_size=1, max_size=5)
 
 
@@ -55,7 +62,9 @@ def test_messages_to_sharegpt_and_back_is_the_same_row(row):
     assert f.sharegpt_to_messages(there) == row
 
 
-OPTIONAL = st.fixed_dictionaries({}, optional={"input": st.text(max_size=20) | TEXT | st.just("\n\n"), "system": TEXT})
+OPTIONAL = st.fixed_dictionaries(
+    {}, optional={"input": st.text(max_size=20) | TEXT | st.just("\n\n"), "system": TEXT}
+)
 
 
 @settings(max_examples=300)
@@ -69,7 +78,9 @@ def test_alpaca_to_messages_and_back_is_the_same_row(row, optional):
     assert unchanged(f.messages_to_alpaca, there) == row
 
 
-@pytest.mark.parametrize(("instruction", "input"), [("a\n\nb", "c"), ("a", "b\n\nc"), ("a\n", "\nb"), ("a\n\n", "b")])
+@pytest.mark.parametrize(
+    ("instruction", "input"), [("a\n\nb", "c"), ("a", "b\n\nc"), ("a\n", "\nb"), ("a\n\n", "b")]
+)
 def test_alpaca_comes_back_when_the_texts_hold_blank_lines(instruction, input):
     row = {"instruction": instruction, "input": input, "output": "x"}
     assert f.messages_to_alpaca(f.alpaca_to_messages(row)) == row
@@ -113,7 +124,9 @@ def test_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
 # --- pairs and thumbs ------------------------------------------------------------------------------------------------
 
 PAIRS = st.lists(
-    st.fixed_dictionaries({"prompt": st.sampled_from(["a", "b", "c"]), "chosen": TEXT, "rejected": TEXT, "core": TEXT}),
+    st.fixed_dictionaries(
+        {"prompt": st.sampled_from(["a", "b", "c"]), "chosen": TEXT, "rejected": TEXT, "core": TEXT}
+    ),
     max_size=6,
 ).map(lambda pairs: [pair for pair in pairs if pair["chosen"] != pair["rejected"]])
 
@@ -124,7 +137,9 @@ def test_pairs_come_back_from_their_thumbs(pairs):
     assert len(thumbs) == 2 * len(pairs)
     assert sum(thumb["label"] for thumb in thumbs) == len(pairs)
     back = f.thumbs_to_pairs(thumbs)
-    assert back == sorted(pairs, key=lambda pair: [p["prompt"] for p in pairs].index(pair["prompt"])), "grouped by prompt"
+    assert back == sorted(pairs, key=lambda pair: [p["prompt"] for p in pairs].index(pair["prompt"])), (
+        "grouped by prompt"
+    )
 
 
 def test_thumbs_that_find_no_partner_make_no_pair():
@@ -141,7 +156,12 @@ def test_thumbs_that_find_no_partner_make_no_pair():
 def test_ratings_become_thumbs_and_the_middle_is_dropped():
     rows = [{"prompt": "p", "completion": str(n), "rating": n} for n in (1, 2, 2.5, 3.9, 4, 5)]
     thumbs = f.ratings_to_thumbs(rows)
-    assert [(thumb["rating"], thumb["label"]) for thumb in thumbs] == [(1, False), (2, False), (4, True), (5, True)]
+    assert [(thumb["rating"], thumb["label"]) for thumb in thumbs] == [
+        (1, False),
+        (2, False),
+        (4, True),
+        (5, True),
+    ]
     assert f.thumbs_to_pairs(thumbs)[0] == {"prompt": "p", "chosen": "4", "rejected": "1"}
     with pytest.raises(ValueError, match=r'row 1: "rating" must be a number, not \'good\'; write one'):
         f.ratings_to_thumbs([rows[0], {**rows[0], "rating": "good"}])
@@ -153,7 +173,11 @@ def test_ratings_become_thumbs_and_the_middle_is_dropped():
 
 
 def test_a_dataset_gives_back_the_rows_with_fields_that_only_some_have():
-    rows = [CHAT, {**CHAT, "id": 3}, {"messages": [{**CHAT["messages"][0], "name": "Ana"}, CHAT["messages"][1]]}]
+    rows = [
+        CHAT,
+        {**CHAT, "id": 3},
+        {"messages": [{**CHAT["messages"][0], "name": "Ana"}, CHAT["messages"][1]]},
+    ]
     dataset = f.to_dataset(rows)
     assert dataset.column_names == ["messages", "id"]
     assert f.from_dataset(dataset) == rows
@@ -172,30 +196,115 @@ def test_a_converted_dataset_is_the_converted_rows():
     ("convert", "row", "field", "mend"),
     [
         (f.sharegpt_to_messages, {}, '"conversations" is missing', "a row of kind"),
-        (f.sharegpt_to_messages, {"conversations": "hi"}, '"conversations" must be a list of messages', '[{"from": …'),
-        (f.sharegpt_to_messages, {"conversations": [{"from": "me", "value": "a"}]}, 'at [0] has "from" "me"', "use one of"),
-        (f.sharegpt_to_messages, {"conversations": [{"from": "gpt"}]}, 'at [0]: "value" is missing', "fill it in"),
-        (f.sharegpt_to_messages, {"conversations": [{"from": "gpt", "value": ""}]}, 'at [0]: "value" is empty', "fill it"),
-        (f.sharegpt_to_messages, {"conversations": [{"from": "gpt", "value": "a", "role": 1}]}, '"role" is there', "rename"),
-        (f.sharegpt_to_messages, {"conversations": [{"from": "gpt", "value": "a"}], "messages": 1}, '"messages" is', "rename"),
-        (f.messages_to_sharegpt, {"messages": [{"role": "user", "content": "a", "from": "gpt"}]}, '"from" is "gpt"', "mend"),
-        (f.alpaca_to_messages, {"instruction": "a", "input": ""}, '"output" is missing', "instruction, output"),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": "hi"},
+            '"conversations" must be a list of messages',
+            '[{"from": …',
+        ),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": [{"from": "me", "value": "a"}]},
+            'at [0] has "from" "me"',
+            "use one of",
+        ),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": [{"from": "gpt"}]},
+            'at [0]: "value" is missing',
+            "fill it in",
+        ),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": [{"from": "gpt", "value": ""}]},
+            'at [0]: "value" is empty',
+            "fill it",
+        ),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": [{"from": "gpt", "value": "a", "role": 1}]},
+            '"role" is there',
+            "rename",
+        ),
+        (
+            f.sharegpt_to_messages,
+            {"conversations": [{"from": "gpt", "value": "a"}], "messages": 1},
+            '"messages" is',
+            "rename",
+        ),
+        (
+            f.messages_to_sharegpt,
+            {"messages": [{"role": "user", "content": "a", "from": "gpt"}]},
+            '"from" is "gpt"',
+            "mend",
+        ),
+        (
+            f.alpaca_to_messages,
+            {"instruction": "a", "input": ""},
+            '"output" is missing',
+            "instruction, output",
+        ),
         (f.alpaca_to_messages, {**ALPACA, "input": None}, '"input" must be a text, not null', 'write ""'),
         (f.alpaca_to_messages, {**ALPACA, "instruction": " "}, '"instruction" is empty', "fill it in"),
-        (f.alpaca_to_messages, {**ALPACA, "system": 3}, '"system" must be a text, not a number', "put it in quotes"),
+        (
+            f.alpaca_to_messages,
+            {**ALPACA, "system": 3},
+            '"system" must be a text, not a number',
+            "put it in quotes",
+        ),
         (f.alpaca_to_messages, {**ALPACA, "messages": []}, '"messages" is there already', "rename it"),
-        (f.messages_to_alpaca, {"messages": CHAT["messages"] * 2}, "user, assistant, user, assistant", "use ShareGPT"),
+        (
+            f.messages_to_alpaca,
+            {"messages": CHAT["messages"] * 2},
+            "user, assistant, user, assistant",
+            "use ShareGPT",
+        ),
         (f.messages_to_alpaca, {**CHAT, "input_start": 3}, '"input_start" is 3', "take the field out"),
-        (f.messages_to_alpaca, {"messages": [{**m, "n": 1} for m in CHAT["messages"]]}, "hold n", "take it out"),
+        (
+            f.messages_to_alpaca,
+            {"messages": [{**m, "n": 1} for m in CHAT["messages"]]},
+            "hold n",
+            "take it out",
+        ),
         (f.messages_to_sft, {"messages": CHAT["messages"][:1]}, '"messages" are user', "keep the messages"),
-        (f.messages_to_chatml, {"messages": [{"role": "user", "content": "a<|im_end|>"}]}, 'at [0]: "content"', "take it out"),
+        (
+            f.messages_to_chatml,
+            {"messages": [{"role": "user", "content": "a<|im_end|>"}]},
+            'at [0]: "content"',
+            "take it out",
+        ),
         (f.chatml_to_messages, "", '"messages" is empty', "fill it in"),
-        (f.chatml_to_messages, "hello <|im_start|>user\na<|im_end|>", "at character 0, 'hello", "write each as"),
+        (
+            f.chatml_to_messages,
+            "hello <|im_start|>user\na<|im_end|>",
+            "at character 0, 'hello",
+            "write each as",
+        ),
         (f.chatml_to_messages, "<|im_start|>user\na", "at character 0, '<|im_start", "write each as"),
-        (f.chatml_to_messages, "<|im_start|>user\na<|im_start|>user\nb<|im_end|>", "at character 0", "write each as"),
-        (f.chatml_to_messages, "<|im_start|>chef\na<|im_end|>", 'at [0] has the role "chef"', "use one of system"),
-        (f.pairs_to_thumbs, [{"prompt": "p", "chosen": "a", "rejected": "a"}], 'row 0: "chosen" equals', "change one"),
-        (f.thumbs_to_pairs, [{"prompt": "p", "completion": "a", "label": 1}], 'row 0: "label" must be true', "thumb"),
+        (
+            f.chatml_to_messages,
+            "<|im_start|>user\na<|im_start|>user\nb<|im_end|>",
+            "at character 0",
+            "write each as",
+        ),
+        (
+            f.chatml_to_messages,
+            "<|im_start|>chef\na<|im_end|>",
+            'at [0] has the role "chef"',
+            "use one of system",
+        ),
+        (
+            f.pairs_to_thumbs,
+            [{"prompt": "p", "chosen": "a", "rejected": "a"}],
+            'row 0: "chosen" equals',
+            "change one",
+        ),
+        (
+            f.thumbs_to_pairs,
+            [{"prompt": "p", "completion": "a", "label": 1}],
+            'row 0: "label" must be true',
+            "thumb",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_field_and_mend(convert, row, field, mend):

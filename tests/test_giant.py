@@ -7,22 +7,43 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from spark_ft import memory
-from spark_ft.lab import giant
+from spark_ft.memory import plan as memory
+from spark_ft.lab import true_size as giant
 from spark_ft.methods.nf4 import NF4Linear
 
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 
 
 def test_two_layers_run_on_the_cpu_and_are_stored_with_their_origin(tmp_path, capsys):
     path = tmp_path / "measured" / "two.json"
-    arguments = ["--model", "SmolLM2-135M", "--layers", "2", "--lengths", "16", "48", "--steps", "3", "--device", "cpu"]
+    arguments = [
+        "--model",
+        "SmolLM2-135M",
+        "--layers",
+        "2",
+        "--lengths",
+        "16",
+        "48",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert giant.main([*arguments, "--out", str(path)]) == 0
     assert "48 tokens:" in capsys.readouterr().out
     stored = json.loads(path.read_text())
     assert {"what", "device", "date", "versions", "settings", "runs"} <= stored.keys()
     assert stored["versions"]["torch"] == torch.__version__
-    assert stored["parameters"] == 2 * (2 * 576**2 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576) + 576 + 49152 * 576
+    assert (
+        stored["parameters"]
+        == 2 * (2 * 576**2 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576) + 576 + 49152 * 576
+    )
     for run, length in zip(stored["runs"], (16, 48), strict=True):
         assert run["length"] == length
         assert run["peak bytes"] > run["planned terms"]["embeddings and head"] == 49152 * 576 * 4
@@ -122,18 +143,28 @@ def test_the_plan_of_a_layer_is_within_a_twentieth_of_what_its_tensors_take(leng
 
 def test_the_plan_of_a_layer_leaves_its_config_as_it_was():
     config = LlamaConfig(**SMALL, num_hidden_layers=7)
-    assert giant.plan_layer(config, 16).terms == giant.plan_layer(LlamaConfig(**SMALL, num_hidden_layers=1), 16).terms
+    assert (
+        giant.plan_layer(config, 16).terms
+        == giant.plan_layer(LlamaConfig(**SMALL, num_hidden_layers=1), 16).terms
+    )
     assert config.num_hidden_layers == 7
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone"
+)
 def test_a_70b_layer_of_true_size_takes_what_is_planned():
     """In a process of its own: 5% of what its tensors take, 15% of what the process does; made with one tensor more at most."""
     config = giant.giant_config(1)
     found, planned = giant.measure_layer(config, 512), giant.plan_layer(config, 512).peak
-    print(f"planned {planned / 1e9:.3f} GB;", ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items()))
+    print(
+        f"planned {planned / 1e9:.3f} GB;",
+        ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items()),
+    )
     assert found["weights"] == 855_638_016
     assert planned == pytest.approx(found["counted"], rel=0.05)
     assert planned == pytest.approx(found["process"], rel=0.15)
-    assert found["making"] <= found["layer"] + 8192 * 28672 * 4 + 100e6  # and what quantizing a piece of it takes
+    assert (
+        found["making"] <= found["layer"] + 8192 * 28672 * 4 + 100e6
+    )  # and what quantizing a piece of it takes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spark_ft.judge import IMPERIAL, METRIC, is_metric
+from spark_ft.data.judge import IMPERIAL, METRIC, is_metric
 
 METRIC_ONLY = [
     "Bake at 180 °C for 20 minutes.",

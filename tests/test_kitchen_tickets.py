@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from spark_ft.data import read_records, render
+from spark_ft.data.chat import render
+from spark_ft.data.records import read_records
 from spark_ft.models import load_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "kitchen_tickets"
@@ -56,7 +57,10 @@ def words(text: str) -> list[str]:
 def test_the_generator_writes_the_three_files_byte_for_byte(tmp_path, hash_seed):
     shutil.copy(FOLDER / "generate.py", tmp_path)
     assert run(tmp_path, hash_seed=hash_seed).returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["generate.py", *sorted(f"{s}.jsonl" for s in SPLITS)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "generate.py",
+        *sorted(f"{s}.jsonl" for s in SPLITS),
+    ]
     for split in SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()
 
@@ -170,7 +174,9 @@ def test_a_note_says_nothing_of_food_that_its_ticket_leaves_out(rows, generator)
         for item in ticket["items"]:
             dish = menu[item["dish"]]
             for wish in filter(None, "|".join([dish.how, dish.no, dish.add]).split("|")):
-                assert not re.search(rf"(?<![a-z]){re.escape(wish)}(?![a-z])", rest), f"{wish!r} is left in {rest!r}"
+                assert not re.search(rf"(?<![a-z]){re.escape(wish)}(?![a-z])", rest), (
+                    f"{wish!r} is left in {rest!r}"
+                )
 
 
 # --- held out is held out -------------------------------------------------------------------------------------------
@@ -182,7 +188,9 @@ def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation(rows):
     unseen = dishes_of(rows, "unseen")
     assert not unseen & dishes_of(rows, "seen")
     assert not [dish for dish in unseen if dish in notes]
-    styles = {kind: {row["style"] for row in rows["test"] if row["phrasing"] == kind} for kind in ("seen", "unseen")}
+    styles = {
+        kind: {row["style"] for row in rows["test"] if row["phrasing"] == kind} for kind in ("seen", "unseen")
+    }
     assert styles["seen"] == {row["style"] for row in learned}, "each seen phrasing is trained on and tested"
     assert not styles["unseen"] & styles["seen"]
 
@@ -203,14 +211,18 @@ def test_phrasings_are_sentences_of_their_own(generator):
 
 def test_no_note_is_equal_or_nearly_equal_across_splits(rows):
     grams = {
-        split: [set(zip(w, w[1:], w[2:], strict=False)) for w in (words(row["prompt"]) for row in rows[split])]
+        split: [
+            set(zip(w, w[1:], w[2:], strict=False)) for w in (words(row["prompt"]) for row in rows[split])
+        ]
         for split in SPLITS
     }
     for held_out, earlier in (("validation", ["train"]), ("test", ["train", "validation"])):
         known = [g for split in earlier for g in grams[split]]
         for row, g in zip(rows[held_out], grams[held_out], strict=True):
             nearest = max(len(g & k) / len(g | k) for k in known)
-            assert nearest < 0.6, f"{row['prompt']!r} shares {nearest:.0%} of its trigrams with an earlier split"
+            assert nearest < 0.6, (
+                f"{row['prompt']!r} shares {nearest:.0%} of its trigrams with an earlier split"
+            )
 
 
 def test_no_order_comes_twice_across_splits_and_no_note_within_one(rows):

@@ -29,19 +29,31 @@ def _rate(step, steps, peak, warmup, first=1):
 
 MUTANTS = [
     (lab.check_label_mask, "prompt is trained on", lambda p, c: p + c),
-    (lab.check_label_mask, "stop token is masked", lambda p, c: [-100] * len(p) + [-100 if t == 2 else t for t in c]),
+    (
+        lab.check_label_mask,
+        "stop token is masked",
+        lambda p, c: [-100] * len(p) + [-100 if t == 2 else t for t in c],
+    ),
     (lab.check_label_mask, "shifted by one", lambda p, c: [-100] * (len(p) - 1) + c + [-100]),
     (lab.check_label_mask, "one for each", lambda p, c: list(c)),
     (lab.check_label_mask, "return missing", lambda p, c: None),
     (lab.check_label_mask, "expected", lambda p, c: [-100] * (len(p) + len(c) - 1) + c[-1:]),
     (lab.check_completion_loss, "not shifted", lambda x, y: F.cross_entropy(x, y)),
     (lab.check_completion_loss, "summed", lambda x, y: F.cross_entropy(x[:-1], y[1:], reduction="sum")),
-    (lab.check_completion_loss, "every place", lambda x, y: F.cross_entropy(x[:-1], y[1:], reduction="none").mean()),
+    (
+        lab.check_completion_loss,
+        "every place",
+        lambda x, y: F.cross_entropy(x[:-1], y[1:], reduction="none").mean(),
+    ),
     (lab.check_completion_loss, "sign is wrong", lambda x, y: -F.cross_entropy(x[:-1], y[1:])),
     (lab.check_completion_loss, "off by up to", lambda x, y: F.cross_entropy(x[:-1], y[1:]) * 1.1),
     (lab.check_accumulated_loss, "mean of means", lambda parts: sum(s / n for s, n in parts) / len(parts)),
     (lab.check_accumulated_loss, "sum of means", lambda parts: sum(s / n for s, n in parts)),
-    (lab.check_accumulated_loss, "number of micro-batches", lambda parts: sum(s for s, _ in parts) / len(parts)),
+    (
+        lab.check_accumulated_loss,
+        "number of micro-batches",
+        lambda parts: sum(s for s, _ in parts) / len(parts),
+    ),
     (lab.check_learning_rate, "computed for nothing", lambda *a: _rate(*a, first=0)),
     (lab.check_learning_rate, "no warm-up", lambda step, steps, peak, warmup: peak * (1 - step / steps)),
     (lab.check_learning_rate, "above its peak", lambda *a: 2 * _rate(*a)),
@@ -67,7 +79,9 @@ def test_a_right_answer_passes_every_time(check, capsys):
     assert capsys.readouterr().out.count("✓") == 20
 
 
-@pytest.mark.parametrize(("check", "says", "mutant"), MUTANTS, ids=[f"{c.__name__}-{s}" for c, s, _ in MUTANTS])
+@pytest.mark.parametrize(
+    ("check", "says", "mutant"), MUTANTS, ids=[f"{c.__name__}-{s}" for c, s, _ in MUTANTS]
+)
 def test_a_mutant_is_diagnosed(check, says, mutant):
     for _ in range(5):
         with pytest.raises(checks.CheckFailed, match=says):

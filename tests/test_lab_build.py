@@ -71,7 +71,9 @@ def test_read_source_is_deterministic_with_unique_stable_ids(lab):
     assert ids[2] == "double"
     assert ids[-1] == f"{ids[-2]}-2", "two equal cells still get two ids"
     lab.write_text("# %% [markdown]\n# A new first cell\n\n" + LAB)
-    assert [cell.id for cell in read_source(lab).cells][1:] == ids, "an inserted cell leaves the other ids alone"
+    assert [cell.id for cell in read_source(lab).cells][1:] == ids, (
+        "an inserted cell leaves the other ids alone"
+    )
 
 
 def test_read_source_completes_nbgrader_fields(lab):
@@ -82,7 +84,9 @@ def test_read_source_completes_nbgrader_fields(lab):
 
 def test_learners_has_numbered_stubs_and_nothing_of_the_solution(lab):
     cells = learners(read_source(lab)).cells
-    assert cells[2].source.endswith('    """Twice x."""\n    raise NotImplementedError("your turn (exercise 1)")')
+    assert cells[2].source.endswith(
+        '    """Twice x."""\n    raise NotImplementedError("your turn (exercise 1)")'
+    )
     assert cells[4].source.endswith('        raise NotImplementedError("your turn (exercise 2)")')
     assert "self.x / 2" not in nbformat.writes(learners(read_source(lab)))
     assert all(not cell.outputs for cell in cells if cell.cell_type == "code")
@@ -105,7 +109,10 @@ def test_without_tag_leaves_the_other_cells(lab):
         ),
         (f"\ndef f():\n    {BEGIN}\n    return 1\n    {END}", 'marked "solution"'),
         ('nbgrader={"grade_id": "a", "solution": true}\ndef f():\n    return 1', 'marked "solution"'),
-        (f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1', 'marked "solution"'),
+        (
+            f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1',
+            'marked "solution"',
+        ),
         ('nbgrader={"solution": true}\nx = 1', "grade_id"),
         ('nbgrader={"grade_id": "a", "grade": true}\nx = 1', "points"),
         ('nbgrader={"grade_id": "a"}\nx = 1\n\n# %% nbgrader={"grade_id": "a"}\ny = 1', "twice"),
@@ -123,7 +130,9 @@ def test_build_executes_keeps_outputs_and_writes_both(lab):
     solved = nbformat.read(solved_path, 4)
     assert solved.cells[3].outputs[0].text == "trained\n"
     assert outline(solved) == outline(read_source(lab)), "execution must not touch the metadata"
-    assert outline(nbformat.read(lab.parents[1] / "lab-9.1.1-doubling.ipynb", 4)) == outline(learners(read_source(lab)))
+    assert outline(nbformat.read(lab.parents[1] / "lab-9.1.1-doubling.ipynb", 4)) == outline(
+        learners(read_source(lab))
+    )
     first = solved_path.read_bytes()
 
     lab.write_text(LAB.replace("# # Doubling", "# # Doubling, explained"))
@@ -145,9 +154,15 @@ def test_build_executes_keeps_outputs_and_writes_both(lab):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (new_output("stream", name="stdout", text=f"saved in {Path.home() / 'models'}"), "cell 2: .* names a folder"),
+        (
+            new_output("stream", name="stdout", text=f"saved in {Path.home() / 'models'}"),
+            "cell 2: .* names a folder",
+        ),
         (new_output("execute_result", data={"text/plain": f"'{build.ROOT}'"}), "cell 2: .* names a folder"),
-        (new_output("stream", name="stderr", text="UserWarning: old"), "cell 2: .* stderr: 'UserWarning: old'"),
+        (
+            new_output("stream", name="stderr", text="UserWarning: old"),
+            "cell 2: .* stderr: 'UserWarning: old'",
+        ),
         (new_output("stream", name="stdout", text="x" * 400_000), "402 KB, more than 400"),
     ],
 )
@@ -202,7 +217,9 @@ class TestBuiltNotebooks:
         for mine, solved in zip(self.read(source).cells, self.read(source, "solutions").cells, strict=True):
             assert (mine.id, mine.cell_type, mine.metadata) == (solved.id, solved.cell_type, solved.metadata)
             if BEGIN not in solved.source:
-                assert mine.source == solved.source.replace("](../../", "](../")  # solutions/ is one folder deeper
+                assert mine.source == solved.source.replace(
+                    "](../../", "](../"
+                )  # solutions/ is one folder deeper
             elif mine.cell_type == "code":
                 assert stub.sub("<region>", mine.source) == outside_regions(solved.source)
 
@@ -216,10 +233,14 @@ class TestBuiltNotebooks:
         assert not errors
 
     def test_figures_have_alt_text(self, source):
-        outputs = [o for c in self.read(source, "solutions").cells if c.cell_type == "code" for o in c.outputs]
+        outputs = [
+            o for c in self.read(source, "solutions").cells if c.cell_type == "code" for o in c.outputs
+        ]
         images = [o for o in outputs if "image/png" in o.get("data", {})]
         assert len(images) >= 2, "a lab has two figures or more"
-        assert all(len(o.metadata["image/png"]["alt"].split()) >= 6 for o in images), "draw with spark_ft.lab.plots"
+        assert all(len(o.metadata["image/png"]["alt"].split()) >= 6 for o in images), (
+            "draw with spark_ft.lab.plots"
+        )
 
     def test_ends_with_a_headline(self, source):
         from spark_ft.lab.run import headline_of
@@ -227,4 +248,8 @@ class TestBuiltNotebooks:
         assert headline_of(self.read(source, "solutions"))
 
     def test_learners_has_no_outputs(self, source):
-        assert all(not c.outputs and c.execution_count is None for c in self.read(source).cells if c.cell_type == "code")
+        assert all(
+            not c.outputs and c.execution_count is None
+            for c in self.read(source).cells
+            if c.cell_type == "code"
+        )

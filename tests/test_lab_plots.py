@@ -87,7 +87,9 @@ def test_palette_is_told_apart_in_grey():
 
 @pytest.mark.parametrize("width", [7.2, 9.5])
 def test_a_long_title_stays_inside_the_figure(width):
-    title = "Held-out loss with noise, less without: tickets: worse at 45; answers: better at 15, and at 45 " * 2
+    title = (
+        "Held-out loss with noise, less without: tickets: worse at 45; answers: better at 15, and at 45 " * 2
+    )
     fig, _ = plots.figure(title, caption="three seeds", x="x", y="y", width=width)
     fig.canvas.draw()
     box = fig._suptitle.get_window_extent()

@@ -57,7 +57,10 @@ def test_no_such_lab_is_refused(arguments, capsys):
 
 
 def test_table_has_a_line_per_lab_within_its_width():
-    text = table([Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")], 100)
+    text = table(
+        [Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")],
+        100,
+    )
     lines = text.splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert lines[2].split()[:3] == ["lab-a", "61", "pass"]

@@ -30,13 +30,18 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import; write the whole name"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return names
 
 
 def test_the_reader_of_imports_sees_all_kinds(tmp_path):
-    (tmp_path / "x.py").write_text("import a.b\nfrom c import d\ndef f():\n    import e\n    importlib.import_module('g.h')\n")
+    (tmp_path / "x.py").write_text(
+        "import a.b\nfrom c import d\ndef f():\n    import e\n    importlib.import_module('g.h')\n"
+    )
     assert imported(tmp_path / "x.py") == {"a.b", "c.d", "e", "g.h"}
 
 
@@ -44,7 +49,9 @@ def test_methods_import_torch_jaxtyping_the_standard_library_and_their_siblings_
     allowed = {"torch", "jaxtyping", *sys.stdlib_module_names}
     for path in METHODS:
         for name in imported(path):
-            assert name.split(".")[0] in allowed or name.startswith("spark_ft.methods."), f"{path.name} imports {name}"
+            assert name.split(".")[0] in allowed or name.startswith("spark_ft.methods."), (
+                f"{path.name} imports {name}"
+            )
     assert len(METHODS) > 3
 
 
@@ -87,7 +94,9 @@ def test_constants_are_public_too():
     assert spark_ft.NF4_CODE.shape == (16,)
 
 
-@pytest.mark.parametrize("name", [name for name in spark_ft.__all__ if name not in ("__version__", "NF4_CODE")])
+@pytest.mark.parametrize(
+    "name", [name for name in spark_ft.__all__ if name not in ("__version__", "NF4_CODE")]
+)
 def test_every_public_name_imports_and_says_what_it_is(name):
     thing = getattr(spark_ft, name)
     assert thing.__module__.startswith("spark_ft.")
@@ -106,7 +115,11 @@ def test_public_functions_and_classes_have_docstrings(path):
     if name_of(path).startswith("lab/"):
         return
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.name != "sha256":
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and node.name != "sha256"
+        ):
             assert ast.get_docstring(node), f"{name_of(path)}: {node.name} has no docstring"
 
 

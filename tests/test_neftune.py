@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from spark_ft import AdapterConfig, TrainConfig, adapters_disabled, add_adapters, collate_sft, sequence_logps, sft_loss, train
-from spark_ft.data import packed_row, read_records
+from spark_ft import (
+    AdapterConfig,
+    TrainConfig,
+    adapters_disabled,
+    add_adapters,
+    collate_sft,
+    sequence_logps,
+    sft_loss,
+    train,
+)
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
 from spark_ft.methods.neftune import draws_noise, neftune, neftune_noise
-from spark_ft.models import ROOT
+from spark_ft.scoring import packed_row
 
 
 def embeddings(*shape, dtype=torch.float32):
@@ -34,7 +44,9 @@ def batch():
 def inner(model):
     """What the decoder is given: the embeddings with their noise."""
     seen = []
-    return model.model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True), seen
+    return model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True
+    ), seen
 
 
 # ── the noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -48,7 +60,9 @@ def test_padded_noise_is_transformers_own_bit_for_bit(shape, alpha, dtype):
 
     layer, e = nn.Identity(), embeddings(*shape, dtype=dtype)
     layer.neftune_noise_alpha = alpha
-    assert torch.equal(drawn(lambda: neftune_noise(e, alpha)), drawn(lambda: neftune_post_forward_hook(layer, None, e)))
+    assert torch.equal(
+        drawn(lambda: neftune_noise(e, alpha)), drawn(lambda: neftune_post_forward_hook(layer, None, e))
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 64), (2, 200, 64), (1, 50, 576)])

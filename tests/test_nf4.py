@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spark_ft import AdapterConfig, adapters_disabled, add_adapters, load_adapters, merge_adapters, save_adapters
+from spark_ft import (
+    AdapterConfig,
+    adapters_disabled,
+    add_adapters,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+)
 from spark_ft.methods import nf4
 from spark_ft.methods.dora import DoRALinear
 from spark_ft.methods.lora import LoRALinear
@@ -68,7 +75,10 @@ def test_doubly_quantized_scales_are_bitsandbytes_own_but_for_near_ties(shape):
     apart = (ours.scale_codes.int() - state.absmax.int()).abs()
     assert apart.max() <= 4
     assert (apart == 0).float().mean() >= 0.995
-    our_error, their_error = (ours.dequantize() - w).abs().mean(), (dequantize_4bit(packed, state) - w).abs().mean()
+    our_error, their_error = (
+        (ours.dequantize() - w).abs().mean(),
+        (dequantize_4bit(packed, state) - w).abs().mean(),
+    )
     assert our_error <= 1.01 * their_error
 
 
@@ -93,7 +103,9 @@ def test_numbers_at_and_beside_every_midpoint_and_blocks_of_zeros_get_bitsandbyt
 
 def test_the_mean_error_on_a_normal_is_as_published_and_uniform_levels_are_worse():
     w = weight(2**22)
-    assert (quantize_nf4(w, 64, double_quant=False).dequantize() - w).abs().mean().item() == pytest.approx(0.0728, abs=0.0005)
+    assert (quantize_nf4(w, 64, double_quant=False).dequantize() - w).abs().mean().item() == pytest.approx(
+        0.0728, abs=0.0005
+    )
     blocks = w.view(-1, 64)
     absmax = blocks.abs().amax(1, keepdim=True)
     levels = torch.linspace(-1, 1, 16)
@@ -112,7 +124,9 @@ def test_a_number_takes_4_127_bits_and_4_5_without_double_quantization():
     rows=st.integers(1, 40), columns=st.integers(1, 70), block_size=st.sampled_from([2, 16, 64, 128]),
     double_quant=st.booleans(), take=st.integers(1, 45), chunk=st.sampled_from([128, 1024, 2**20]), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_rows_chunk_by_chunk_are_rows_of_the_whole(rows, columns, block_size, double_quant, take, chunk, seed):
+def test_rows_chunk_by_chunk_are_rows_of_the_whole(
+    rows, columns, block_size, double_quant, take, chunk, seed
+):
     w = weight(rows, columns, seed=seed)
     whole = quantize_nf4(w, block_size, double_quant)
     before, nf4.CHUNK = nf4.CHUNK, chunk
@@ -223,7 +237,9 @@ def test_an_adapter_on_a_4_bit_layer_is_one_on_its_dequantized_weight(kind):
     assert torch.equal(layer(x := torch.randn(5, 32)), quantized(x))
     with torch.no_grad():
         layer.lora_B.normal_(std=0.3)
-    twin.load_state_dict({**twin.state_dict(), **{k: v for k, v in layer.state_dict().items() if not k.startswith("base")}})
+    twin.load_state_dict(
+        {**twin.state_dict(), **{k: v for k, v in layer.state_dict().items() if not k.startswith("base")}}
+    )
     found = []
     for module in (layer, twin):
         x = torch.ones(5, 32, requires_grad=True)
@@ -275,7 +291,9 @@ def test_adapters_go_on_a_4_bit_model_are_saved_loaded_switched_off_and_merged(t
     before = model(ids).logits
     add_adapters(model, AdapterConfig(method=method, rank=4))
     assert torch.equal(model(ids).logits, before)
-    assert all("lora" in name or "magnitude" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        "lora" in name or "magnitude" in name for name, p in model.named_parameters() if p.requires_grad
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("lora_B"):

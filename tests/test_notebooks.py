@@ -56,10 +56,14 @@ def test_solved_notebook_runs_whole(name, tmp_path):
 def test_learners_notebook_runs_unsolved(name, tmp_path):
     unsolved = without_tag(nbformat.read(LABS / f"{name}.ipynb", 4), "experiment")
     notebook = executed(unsolved, tmp_path)
-    checks = [c for c in notebook.cells if c.cell_type == "code" and c.metadata.get("nbgrader", {}).get("grade")]
+    checks = [
+        c for c in notebook.cells if c.cell_type == "code" and c.metadata.get("nbgrader", {}).get("grade")
+    ]
     assert checks
     for cell in checks:
-        assert "not attempted yet" in printed(cell), f"{cell.source!r} passes although its exercise is not done"
+        assert "not attempted yet" in printed(cell), (
+            f"{cell.source!r} passes although its exercise is not done"
+        )
     assert no_stderr(notebook)
 
 
@@ -101,7 +105,9 @@ check_halve(halve)
 """
 
 
-def test_nbgrader_gives_a_solved_lab_all_points_an_unsolved_one_none_and_a_wrong_one_some(tmp_path, monkeypatch):
+def test_nbgrader_gives_a_solved_lab_all_points_an_unsolved_one_none_and_a_wrong_one_some(
+    tmp_path, monkeypatch
+):
     # nbgrader calls alembic by its bare name
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     from nbgrader.apps.api import NbGraderAPI
@@ -130,7 +136,10 @@ def test_nbgrader_gives_a_solved_lab_all_points_an_unsolved_one_none_and_a_wrong
     # Three ways in which a lab comes back: done, half wrong, and as our own builder handed it out.
     for student, notebook in {"solved": solved, "wrong": wrong, "unsolved": learners(solved)}.items():
         build.write(notebook, course / "submitted" / student / "lab" / "lab.ipynb")
-    build.write(nbformat.read(course / "release" / "lab" / "lab.ipynb", 4), course / "submitted/untouched/lab/lab.ipynb")
+    build.write(
+        nbformat.read(course / "release" / "lab" / "lab.ipynb", 4),
+        course / "submitted/untouched/lab/lab.ipynb",
+    )
 
     points = {}
     for student in ("solved", "wrong", "unsolved", "untouched"):

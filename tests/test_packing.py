@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft.packing import pack, packed_attention
+from spark_ft.scoring import pack, packed_attention
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
@@ -45,7 +45,11 @@ def test_a_shared_prefix_by_hand():
     assert row.ids.tolist() == [[7, 8, 1, 2, 1, 5, 6, 7]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4]]
     assert (row.prefix, row.lengths) == (2, [2, 1, 3])
-    assert [row.places[i][mask[i].bool()].tolist() for i in range(3)] == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 5, 6, 7]]
+    assert [row.places[i][mask[i].bool()].tolist() for i in range(3)] == [
+        [0, 1, 2, 3],
+        [0, 1, 4],
+        [0, 1, 5, 6, 7],
+    ]
 
 
 def test_equal_sequences_keep_a_token_of_their_own_and_one_alone_shares_nothing():
@@ -64,10 +68,14 @@ def test_equal_sequences_keep_a_token_of_their_own_and_one_alone_shares_nothing(
 def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_heads, scale):
     total, heads, dim = prefix + sum(lengths), 4, 8
     g = torch.Generator().manual_seed(total)
-    q, k, v = (torch.randn(1, n, total, dim, generator=g, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(1, n, total, dim, generator=g, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)
+    )
     ours = packed_attention(q, k, v, lengths, prefix, scale)
     # the formula over the whole row, with a mask in place of the split; −1 owns the prefix, which all may see
-    owner = torch.cat([torch.full((prefix,), -1), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))])
+    owner = torch.cat(
+        [torch.full((prefix,), -1), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))]
+    )
     allowed = ((owner[:, None] == owner) | (owner == -1)) & torch.ones(total, total).tril().bool()
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
@@ -145,12 +153,15 @@ def test_without_lengths_the_model_computes_what_transformers_does(tiny_llama):
     with torch.no_grad():
         a, b = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, theirs))
         assert torch.equal(a, b)
-        mine, hf = (m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (ours, theirs))
+        mine, hf = (
+            m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+            for m in (ours, theirs)
+        )
     assert torch.equal(mine, hf)
 
 
 def test_the_packed_models_loss_is_transformers_own(tiny_llama):
-    from spark_ft.data import completion_logps
+    from spark_ft.scoring import completion_logps
 
     model = tiny_llama(packed=True)
     ids, mask = padded([6, 11, 2])
@@ -160,13 +171,15 @@ def test_the_packed_models_loss_is_transformers_own(tiny_llama):
     assert rows.bincount().tolist() == [5, 7, 1]  # the first token of a row is never predicted
     theirs = tiny_llama(packed=False)(input_ids=ids, attention_mask=mask, labels=labels).loss
     assert abs(-logps.mean() - theirs) < 1e-5 * theirs
-    padded_logps, _ = completion_logps(tiny_llama(packed=False), {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    padded_logps, _ = completion_logps(
+        tiny_llama(packed=False), {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    )
     assert torch.allclose(logps, padded_logps, atol=1e-5)
 
 
 def test_a_shared_beginning_changes_no_loss_and_dropout_turns_sharing_off(tiny_llama):
     from spark_ft.adapters import AdapterConfig, add_adapters
-    from spark_ft.data import completion_logps
+    from spark_ft.scoring import completion_logps
 
     ids, mask = padded([6, 11, 4])
     ids[:, :3] = ids[0, :3]
@@ -180,5 +193,7 @@ def test_a_shared_beginning_changes_no_loss_and_dropout_turns_sharing_off(tiny_l
         logps, _ = completion_logps(model, batch)
         logps.sum().backward()
         plain, _ = completion_logps(tiny_llama(packed=False), batch)
-        assert dropout or torch.allclose(logps, plain, atol=1e-5)  # B is zero, so the adapted model is the plain one
+        assert dropout or torch.allclose(
+            logps, plain, atol=1e-5
+        )  # B is zero, so the adapted model is the plain one
     assert seen == [21 - 2 * 3, 21]

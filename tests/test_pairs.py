@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_ft.judge import is_metric
-from spark_ft.pairs import balance_lengths, judged_pairs, length_baseline, length_ratio, sample
-from spark_ft.records import check_records
+from spark_ft.data.judge import is_metric
+from spark_ft.data.pairs import balance_lengths, judged_pairs, length_baseline, length_ratio
+from spark_ft.data.records import check_records
+from spark_ft.evaluation import sample
 
 
 def pair(prompt, chosen, rejected):
@@ -34,7 +35,9 @@ def test_balance_takes_each_prompts_most_equal_pair_and_as_many_longer_as_shorte
         pair(3, 50, 53), pair(4, 50, 50),
     ]  # fmt: skip
     kept = balance_lengths(pairs)
-    assert kept == [pairs[3], pairs[4], pairs[5]], "one longer, one shorter, and the equal one, in their order"
+    assert kept == [pairs[3], pairs[4], pairs[5]], (
+        "one longer, one shorter, and the equal one, in their order"
+    )
     assert kept[0] is pairs[3]
 
 
@@ -68,7 +71,9 @@ def test_balancing_takes_the_length_out_of_pairs_where_longer_is_better():
     assert len(kept) >= 100
     assert 0.95 <= length_ratio(kept) <= 1.05
 
-    def threshold_accuracy(cut):  # "the longer wins if the gap is under the cut, else the shorter", learned from nothing else
+    def threshold_accuracy(
+        cut,
+    ):  # "the longer wins if the gap is under the cut, else the shorter", learned from nothing else
         gaps = [len(row["chosen"]) - len(row["rejected"]) for row in kept]
         return mean((gap > 0) == (abs(gap) < cut) for gap in gaps if gap)
 
@@ -87,7 +92,10 @@ def test_length_can_be_counted_in_tokens_or_words():
 @pytest.mark.slow
 def test_sampling_the_embedded_model_is_seeded_and_ends_its_answers(embedded):
     model, tokenizer = embedded
-    prompts, settings = ["Hello", "Hi"], {"n": 4, "temperature": 0.7, "max_new_tokens": 12}  # answered in ten tokens, mostly
+    prompts, settings = (
+        ["Hello", "Hi"],
+        {"n": 4, "temperature": 0.7, "max_new_tokens": 12},
+    )  # answered in ten tokens, mostly
     state = torch.get_rng_state()
     answers = sample(model, tokenizer, prompts, **settings, seed=1)
     assert torch.equal(torch.get_rng_state(), state)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spark_ft.data import read_records
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
 from spark_ft.lab.parity import qlora_against_peft
-from spark_ft.models import ROOT
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from spark_ft import training
-from spark_ft.training import TrainConfig, constant, cosine, linear, sft_loss, train
+from spark_ft.scoring import sft_loss
+from spark_ft.training import TrainConfig, constant, cosine, linear, train
 
 
 class Line(nn.Module):
@@ -51,7 +52,9 @@ def test_the_first_adamw_step_by_hand():
     # Σ loss / count over the rows (3, −4, 0) and (1, 0, 0) has the gradient (2, −2, 0). At the first step Adam's corrected
     # moments are g and g², so w moves by −lr · g/(|g| + eps); weight decay shrinks w by lr · wd first.
     model = Line()
-    history = train(model, lambda _: rows([3, -4, 0], [1, 0, 0]), dot_loss, config(1, learning_rate=0.1, weight_decay=0.5))
+    history = train(
+        model, lambda _: rows([3, -4, 0], [1, 0, 0]), dot_loss, config(1, learning_rate=0.1, weight_decay=0.5)
+    )
     decayed = torch.tensor([1.0, -2.0, 0.5]) * (1 - 0.1 * 0.5)
     assert torch.allclose(model.w, decayed - 0.1 * torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
     # (3 + 8) and 1, over two rows; the norm is that of (2, −2, 0) before clipping to 1
@@ -82,7 +85,15 @@ def test_clipping_scales_the_gradient_down_to_the_norm_and_never_up():
 
 def test_the_whole_run_is_torchs_adamw_on_the_mean_loss():
     model, twin = Line(), Line()
-    run = config(7, learning_rate=0.05, warmup_steps=2, schedule=cosine, weight_decay=0.1, betas=(0.8, 0.9), max_grad_norm=0.7)
+    run = config(
+        7,
+        learning_rate=0.05,
+        warmup_steps=2,
+        schedule=cosine,
+        weight_decay=0.1,
+        betas=(0.8, 0.9),
+        max_grad_norm=0.7,
+    )
     train(model, numbered, square_loss, run)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1.0, weight_decay=0.1, betas=(0.8, 0.9))
     for step in range(7):
@@ -164,9 +175,14 @@ def test_the_first_loss_is_the_mean_negative_log_probability(tiny_llama):
     batch = tokens(0)
     with torch.no_grad():
         plain = tiny_llama(packed=False)
-        logps = torch.log_softmax(plain(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, -1)
+        logps = torch.log_softmax(
+            plain(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, -1
+        )
     by_hand = [
-        -logps[b, t - 1, label].item() for b, row in enumerate(batch["labels"]) for t, label in enumerate(row) if label != -100
+        -logps[b, t - 1, label].item()
+        for b, row in enumerate(batch["labels"])
+        for t, label in enumerate(row)
+        if label != -100
     ]
     history = train(adapted(tiny_llama), tokens, sft_loss, config(1))
     assert history.losses[0] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
@@ -185,7 +201,9 @@ def test_training_lowers_the_loss_and_leaves_the_model_in_eval_mode_with_only_ad
 
 def test_dropout_follows_the_seed(tiny_llama):
     first, same, other = (
-        train(adapted(tiny_llama, dropout=0.5), tokens, sft_loss, config(3, seed=seed, learning_rate=0.01)).losses
+        train(
+            adapted(tiny_llama, dropout=0.5), tokens, sft_loss, config(3, seed=seed, learning_rate=0.01)
+        ).losses
         for seed in (0, 0, 1)
     )
     assert first == same
@@ -195,7 +213,10 @@ def test_dropout_follows_the_seed(tiny_llama):
 def test_gradients_left_over_from_an_interrupted_run_do_not_count():
     model, fresh = Line(), Line()
     model.w.grad = torch.full((3,), 100.0)
-    assert train(model, numbered, dot_loss, config(1)).grad_norms == train(fresh, numbered, dot_loss, config(1)).grad_norms
+    assert (
+        train(model, numbered, dot_loss, config(1)).grad_norms
+        == train(fresh, numbered, dot_loss, config(1)).grad_norms
+    )
     assert torch.equal(model.w, fresh.w)
 
 
@@ -210,7 +231,9 @@ def test_a_parameter_the_loss_does_not_reach_stays_put():
 
 
 def test_nothing_to_train_is_said_before_anything_starts():
-    with pytest.raises(ValueError, match=r"nothing to train: no parameter requires gradients; call add_adapters"):
+    with pytest.raises(
+        ValueError, match=r"nothing to train: no parameter requires gradients; call add_adapters"
+    ):
         train(Line().requires_grad_(False), numbered, dot_loss, config())
 
 
@@ -220,7 +243,9 @@ def test_a_batch_whose_labels_are_all_masked_is_named_by_its_step(tiny_llama):
         return {**batch, "labels": torch.full_like(batch["labels"], -100)} if step == 1 else batch
 
     model = adapted(tiny_llama)
-    with pytest.raises(ValueError, match="step 1: the batch has nothing to learn from; every label is masked out"):
+    with pytest.raises(
+        ValueError, match="step 1: the batch has nothing to learn from; every label is masked out"
+    ):
         train(model, batches, sft_loss, config())
     assert not model.training
 
@@ -232,13 +257,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_weight(bad):
     def batches(step):
         return rows([bad, 0, 0]) if step == 2 else numbered(step)
 
-    with pytest.raises(FloatingPointError, match=r"step 2: the loss is (nan|inf|-inf); lower learning_rate=0.01"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 2: the loss is (nan|inf|-inf); lower learning_rate=0.01"
+    ):
         train(model, batches, dot_loss, config(5, learning_rate=0.01))
     train(twin, batches, dot_loss, config(2, learning_rate=0.01))
     assert torch.equal(model.w, twin.w)
 
 
-@pytest.mark.parametrize("name", ["steps", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["steps", "gradient_accumulation_steps", "checkpoint_every", "keep_checkpoints"]
+)
 def test_zero_of_anything_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}=0; it must be at least 1"):
         TrainConfig(**{"steps": 5, name: 0})
@@ -279,7 +308,9 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_the_history_is_whole(tmp_
     with pytest.raises(Stop):
         train(model, until(5), square_loss, checkpointed(tmp_path / "a"))
     again = Line((9.0, 9.0, 9.0))  # its own weights do not matter
-    history = train(again, lambda step: asked.append(step) or numbered(step), square_loss, checkpointed(tmp_path / "a"))
+    history = train(
+        again, lambda step: asked.append(step) or numbered(step), square_loss, checkpointed(tmp_path / "a")
+    )
     assert asked == [4, 5]
     assert torch.equal(again.w, whole.w)
     assert history.losses == expected.losses
@@ -325,14 +356,18 @@ def test_a_checkpoint_is_one_safetensors_file_with_no_pickle(tmp_path):
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tmp_path, change, said):
     train(Line(), numbered, square_loss, checkpointed(tmp_path))
     model = Line()
-    with pytest.raises(ValueError, match=rf"step-000006.safetensors: belongs to a run with other settings \({said}\)"):
+    with pytest.raises(
+        ValueError, match=rf"step-000006.safetensors: belongs to a run with other settings \({said}\)"
+    ):
         train(model, numbered, square_loss, TrainConfig(**{**vars(checkpointed(tmp_path)), **change}))
     assert torch.equal(model.w, Line().w)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(Line(), numbered, square_loss, checkpointed(tmp_path))
-    with pytest.raises(ValueError, match="belongs to a model with other trainable parameters; choose another checkpoint_dir"):
+    with pytest.raises(
+        ValueError, match="belongs to a model with other trainable parameters; choose another checkpoint_dir"
+    ):
         train(Line((1.0, 2.0)), numbered, square_loss, checkpointed(tmp_path))
     other = nn.Module()
     other.v = nn.Parameter(torch.zeros(3))
@@ -573,7 +608,11 @@ def in_processes(tmp_path, script) -> dict:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", RUNS + script, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RUNS + script, str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -585,7 +624,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights_bit_for_bit(tmp
     assert len(found["killed"]) >= 4
     assert len({phase for _, phase, _ in found["killed"]}) >= 4
     assert any(done > 0 for _, _, done in found["killed"]), "no run was resumed from a checkpoint"
-    assert found["tensors"] == 4 * 4 + 1  # two layers' A and B, each with two moments and a step; the generator
+    assert (
+        found["tensors"] == 4 * 4 + 1
+    )  # two layers' A and B, each with two moments and a step; the generator
     assert found["equal"] == found["tensors"]
     assert found["left"] == ["step-000039.safetensors", "step-000040.safetensors"]
 

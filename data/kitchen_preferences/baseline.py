@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from spark_ft.evaluation import generate, wilson_interval
-from spark_ft.judge import is_metric
+from spark_ft.evaluation import generate
+from spark_ft.stats import wilson_interval
+from spark_ft.data.judge import is_metric
 from spark_ft.models import load_model
 
 

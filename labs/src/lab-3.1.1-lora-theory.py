@@ -55,7 +55,7 @@ from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.studies.lab_3_1_1 import SETTINGS, held_out, tune
+from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS, held_out, tune
 from spark_ft.memory import measure
 from spark_ft.models import EMBEDDED, ROOT
 

@@ -58,9 +58,9 @@ from spark_ft.adapters import adapted_layers
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_2 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.studies.lab_3_1_1 import HELD_OUT, TRAIN, held_out
-from spark_ft.lab.studies.lab_3_1_2 import SETTINGS, moved, tune_dora, watched_weights
-from spark_ft.machine import measure
+from spark_ft.lab.experiments.lab_3_1_1 import HELD_OUT, TRAIN, held_out
+from spark_ft.lab.experiments.lab_3_1_2 import SETTINGS, moved, tune_dora, watched_weights
+from spark_ft.memory.machine import measure
 from spark_ft.methods.dora import row_norm as package_row_norm
 from spark_ft.models import EMBEDDED, ROOT
 

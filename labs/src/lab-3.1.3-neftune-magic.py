@@ -61,7 +61,7 @@ from spark_ft.data import packed_row
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_3 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.studies import lab_3_1_3 as study
+from spark_ft.lab.experiments import lab_3_1_3 as study
 from spark_ft.methods.neftune import draws_noise
 from spark_ft.models import EMBEDDED, ROOT
 

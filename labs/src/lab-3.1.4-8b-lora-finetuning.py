@@ -255,7 +255,7 @@ history = kitchen.fine_tune(model, tokenizer, rows)
 # against the rate that plain matrix products reach on this machine right now.
 
 # %% tags=["experiment"]
-from spark_ft.bench import GemmRate, step_flops, step_gemms
+from spark_ft.bench.harness import GemmRate, step_flops, step_gemms
 
 seconds = history.seconds_per_step
 batches = kitchen.ticket_batches(rows, tokenizer)
@@ -502,9 +502,9 @@ for p in PROFILES.values():
 # the last column says whether it would fit this machine now, and a DGX Spark with nothing else on it.
 
 # %%
-from spark_ft.machine import DGX_SPARK, budget
 from spark_ft.memory import plan_training
-from spark_ft.shapes import known_config
+from spark_ft.memory.machine import DGX_SPARK, budget
+from spark_ft.memory.shapes import known_config
 
 eight = known_config("Qwen3-8B")
 plans = {method: plan_training(eight, method, length=2048) for method in ("full", "lora", "qlora")}

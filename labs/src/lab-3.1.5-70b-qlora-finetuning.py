@@ -51,10 +51,10 @@ from spark_ft import (
     train,
 )
 from spark_ft.evaluation import mean_interval, paired_difference
-from spark_ft.lab import giant, headline, plots
+from spark_ft.lab import headline, plots, true_size as giant
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.studies.lab_3_1_5 import (
+from spark_ft.lab.experiments.lab_3_1_5 import (
     EQUAL_STEPS,
     HELD_OUT,
     SETTINGS,
@@ -66,12 +66,12 @@ from spark_ft.lab.studies.lab_3_1_5 import (
     rounded,
     tune,
 )
-from spark_ft.machine import DGX_SPARK, GIB, MemoryBudget, budget, free_at_once, held, measure
 from spark_ft.memory import fits, plan_step, plan_training, refuse_over_budget
+from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget, budget, free_at_once, held, measure
+from spark_ft.memory.shapes import known_config
 from spark_ft.methods import nf4
 from spark_ft.methods.nf4 import NF4_CODE, quantize_nf4
 from spark_ft.models import EMBEDDED, ROOT, embedded_folder, load_nf4, preflight
-from spark_ft.shapes import known_config
 
 CPU = torch.device("cpu")
 train_rows = read_records(ROOT / TRAIN, "sft")
@@ -342,7 +342,11 @@ assert all(np.mean(by_code["NF4"]) < min(np.mean(e) for name, e in by_code.items
 checks.check_parity(quantize, pack, dequantize)
 
 # %%
-from spark_ft.lab.parity import double_quantization_against_bitsandbytes, nf4_against_bitsandbytes, qlora_against_peft
+from spark_ft.lab.parity import (
+    double_quantization_against_bitsandbytes,
+    nf4_against_bitsandbytes,
+    qlora_against_peft,
+)
 
 bytes_equal = []
 for what, w in (
@@ -809,7 +813,7 @@ del large
 # We have not measured it there, so here is what can be said without making a number up: **a floor**. The arithmetic of one step, divided by the rate of the chip. No software can be faster. NVIDIA's datasheet amounts to about 125 TFLOP/s dense bf16; 93 to 95 have been measured in attention kernels.
 
 # %%
-from spark_ft.bench import step_flops
+from spark_ft.bench.harness import step_flops
 
 with torch.device("meta"):
     on_meta = add_adapters(AutoModelForCausalLM.from_config(shape_70b), AdapterConfig(rank=16))
@@ -830,7 +834,7 @@ for length in (512, 2048):
 #
 # ### All 80 layers on a GPU: stored measurements
 #
-# `python -m spark_ft.lab.giant` makes all 80 layers at true size on one 80 GB card, random weights, quantized on the device, and measures peak memory and seconds a step at S = 512 and 2,048. What has been measured so far:
+# `python -m spark_ft.lab.true_size` makes all 80 layers at true size on one 80 GB card, random weights, quantized on the device, and measures peak memory and seconds a step at S = 512 and 2,048. What has been measured so far:
 
 # %%
 gpu_runs = giant.stored()
@@ -841,7 +845,7 @@ for run in gpu_runs:
         print(f"   S = {one_run['length']}: peak {one_run['peak bytes'] / 1e9:.1f} GB (planned {one_run['planned peak bytes'] / 1e9:.1f}, {off:+.1%}), "
               f"{one_run['seconds a step']:.2f} s a step, {one_run['tokens a second']:.0f} tokens/s")  # fmt: skip
 if not gpu_runs:
-    print("nothing: the full 80-layer run is still unmeasured. `python -m spark_ft.lab.giant` on an 80 GB card makes it.")
+    print("nothing: the full 80-layer run is still unmeasured. `python -m spark_ft.lab.true_size` on an 80 GB card makes it.")
 
 # %% [markdown]
 # ## What you should see

@@ -80,15 +80,15 @@ from spark_ft import (
     wilson_interval,
     write_records,
 )
-from spark_ft.cleaning import drop_leaked, drop_near_duplicates
 from spark_ft.data import padded
-from spark_ft.formats import GENERATION_TEMPLATE
-from spark_ft.judge import is_metric
+from spark_ft.data.cleaning import drop_leaked, drop_near_duplicates
+from spark_ft.data.formats import GENERATION_TEMPLATE
+from spark_ft.data.judge import is_metric
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.studies.lab_3_1_1 import held_out
-from spark_ft.lab.studies.lab_3_1_6 import SETTINGS, draw, tune
+from spark_ft.lab.experiments.lab_3_1_1 import held_out
+from spark_ft.lab.experiments.lab_3_1_6 import SETTINGS, draw, tune
 from spark_ft.lab.tokens import show_tokens
 from spark_ft.models import EMBEDDED, ROOT
 

@@ -31,14 +31,18 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters, write_atomically
-from spark_ft.data import IGNORE, collate_sft, iter_records, packed_row, read_records, render, write_records
-from spark_ft.machine import measure
+from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters
+from spark_ft.data.batches import collate_sft
+from spark_ft.data.chat import IGNORE, render
+from spark_ft.data.records import iter_records, read_records, write_records
+from spark_ft.embedded import embedded_folder
+from spark_ft.files import ROOT, write_atomically
+from spark_ft.memory.machine import measure
 from spark_ft.messages import quiet_known_messages
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import quantize_nf4
-from spark_ft.models import ROOT, embedded_folder, load_model, load_tokenizer
-from spark_ft.training import sft_loss
+from spark_ft.models import load_model, load_tokenizer
+from spark_ft.scoring import packed_row, sft_loss
 
 TOLERANCE = 1e-5  # largest relative difference of the loss, fp32
 # … and of the gradient: torch's softmax on CPU, which our head and transformers' loss use, is coarser than TRL's head, which
@@ -195,7 +199,11 @@ class GemmRate:
     @property
     def gflops(self) -> float:
         flops = sum(2 * m * k * n * count for (m, k, n), count in self.gemms.items())
-        return flops / sum(self.best[shape] * count for shape, count in self.gemms.items()) / 1e9 if flops else 0.0
+        return (
+            flops / sum(self.best[shape] * count for shape, count in self.gemms.items()) / 1e9
+            if flops
+            else 0.0
+        )
 
 
 def _device() -> str:
@@ -240,7 +248,9 @@ def _peak_of_steps(build: Callable[[], Side], steps: int, threads: int) -> int:
     torch.set_num_threads(threads)
     side = build()
     once = torch.randn(2048, 2048, device=_device(), requires_grad=True)
-    (once @ once).sum().backward()  # libraries make their workspaces at the first matrix product and keep them
+    (
+        once @ once
+    ).sum().backward()  # libraries make their workspaces at the first matrix product and keep them
     del once
     with measure() as memory:
         for _ in range(steps):
@@ -338,11 +348,17 @@ def bitsandbytes_model(folder: Path):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    told = {} if hasattr(AutoConfig.from_pretrained(folder), "quantization_config") else {"quantization_config": settings}
+    told = (
+        {}
+        if hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+        else {"quantization_config": settings}
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, **told, dtype=torch.float32)
     for layer in model.modules():
         if type(layer).__name__ == "Linear4bit":
-            layer.support_avx512bf16_for_cpu = False  # else an eval forward repacks its weights, and gradients go wrong
+            layer.support_avx512bf16_for_cpu = (
+                False  # else an eval forward repacks its weights, and gradients go wrong
+            )
     return model, load_tokenizer(folder)
 
 
@@ -381,10 +397,14 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
-def _our_step(model: nn.Module, tokenizer, records: list[dict], compared: Callable[[str], bool] = lambda name: True) -> Side:
+def _our_step(
+    model: nn.Module, tokenizer, records: list[dict], compared: Callable[[str], bool] = lambda name: True
+) -> Side:
     """The step of `train` on a model with adapters, ours or not."""
     parameters = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    batch = {key: value.to(model.device) for key, value in collate_sft(records, tokenizer, SFT_LENGTH).items()}
+    batch = {
+        key: value.to(model.device) for key, value in collate_sft(records, tokenizer, SFT_LENGTH).items()
+    }
     optimizer = torch.optim.AdamW(parameters.values(), lr=SFT_RATE, weight_decay=0.0, fused=True)
 
     def backward() -> float:  # as `train` does it: the sum's gradient, then divided by the count
@@ -574,7 +594,9 @@ def _layer_theirs(in_features: int, out_features: int) -> Side:
     base, x = _layer_input(in_features, out_features)
     config = LoraConfig(r=LAYER_RANK, lora_alpha=32, lora_dropout=0.0, target_modules=["0"])
     layer = inject_adapter_in_model(config, nn.Sequential(base))[0].train()
-    return _layer_side(layer, {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}, x)
+    return _layer_side(
+        layer, {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}, x
+    )
 
 
 def _layer_work(in_features: int, out_features: int) -> tuple[int, Gemms]:
@@ -584,7 +606,10 @@ def _layer_work(in_features: int, out_features: int) -> tuple[int, Gemms]:
 
 # ── row: an NF4 weight dequantized ───────────────────────────────────────────────────────────────────────────────────────
 
-NF4_SHAPE = (512, 8192)  # as many numbers as a product unpacks at a time; more would time the system's fresh pages
+NF4_SHAPE = (
+    512,
+    8192,
+)  # as many numbers as a product unpacks at a time; more would time the system's fresh pages
 
 
 def _nf4_weight() -> Tensor:
@@ -618,7 +643,10 @@ def _reading(open_rows: Callable[[Path], Callable[[], Iterator[dict]]], count: i
     path = folder / "rows.jsonl"
     ticket = '{"table":%d,"items":[{"qty":2,"dish":"leek soup","how":"medium","no":"cream"}]}'
     made = (
-        {"prompt": f"Kitchen ticket as JSON:\nOrder {i}: two leek soups, medium, no cream.", "completion": ticket % (i % 40)}
+        {
+            "prompt": f"Kitchen ticket as JSON:\nOrder {i}: two leek soups, medium, no cream.",
+            "completion": ticket % (i % 40),
+        }
         for i in range(count)
     )
     write_records(path, made)
@@ -645,7 +673,9 @@ def _read_ours(count: int = READ_ROWS) -> Side:
 def _read_theirs(count: int = READ_ROWS) -> Side:
     from datasets import load_dataset
 
-    return _reading(lambda path: load_dataset("json", data_files=str(path), split="train", streaming=True).__iter__, count)
+    return _reading(
+        lambda path: load_dataset("json", data_files=str(path), split="train", streaming=True).__iter__, count
+    )
 
 
 _TICKETS = f"one SFT step, {SFT_ROWS} kitchen tickets"

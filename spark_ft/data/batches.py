@@ -10,134 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from spark_ft.methods.logprobs import chunked_logps, token_logps
-from spark_ft.methods.lora import LoRALinear
-from spark_ft.methods.neftune import draws_noise
-from spark_ft.models import PACKED
-from spark_ft.packing import Packed, pack
-from spark_ft.records import check_records, find_fault, iter_records, read_records, write_records
-
-__all__ = [
-    "IGNORE",
-    "all_answers",
-    "check_records",
-    "collate_feedback",
-    "collate_preferences",
-    "collate_sft",
-    "completion_logps",
-    "feedback_batches",
-    "iter_records",
-    "last_answer",
-    "preference_batches",
-    "read_records",
-    "render",
-    "sequence_logps",
-    "sft_batches",
-    "whole_conversation",
-    "with_prompt",
-    "write_records",
-]
+from spark_ft.data.chat import IGNORE, Marked, _render_answer, last_answer, render
+from spark_ft.data.records import find_fault
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # the label that transformers' and torch's cross-entropy leave out
-
-
-def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Token ids of what the model is given and of what it should answer, by the tokenizer's own chat template.
-
-    prompt ids + completion ids = the whole conversation, up to and including the answer's end-of-turn token; what the
-    template writes after that (often a newline) is cut off, since generation stops there.
-
-    Args:
-        record: an "sft" or "feedback" row (prompt, completion), or a "chat" whose last message is the assistant's:
-            that message is the completion, all before it the prompt.
-        tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
-
-    Raises:
-        ValueError: a field is missing, empty or of the wrong type, or holds one of the tokenizer's control tokens; the
-            chat does not end with the assistant; the template does not keep the prompt's tokens as a prefix, or does not
-            end the turn.
-    """
-    if complaint := find_fault(record, "chat" if "messages" in record else "sft"):
-        raise ValueError(complaint)
-    if "messages" in record:
-        messages = record["messages"]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError('"messages" must end with an answer by the assistant; add one or drop the row')
-        return _render(messages, [f'"messages" at [{i}]: "content"' for i in range(len(messages))], tokenizer)
-    return _render_answer(record, "completion", tokenizer)
-
-
-def _render_answer(record, field: str, tokenizer) -> tuple[list[int], list[int]]:
-    messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record[field]}]
-    return _render(messages, ['"prompt"', f'"{field}"'], tokenizer)
-
-
-def _render(messages: list[dict], fields: list[str], tokenizer) -> tuple[list[int], list[int]]:
-    for message, field in zip(messages, fields, strict=True):
-        for token in tokenizer.all_special_tokens:
-            # the tokenizer cannot tell it from the template's own: the text would end its turn, or open another's
-            if token in message["content"]:
-                raise ValueError(f"{field} holds the control token {token!r}; take it out or write it otherwise")
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    if whole[: len(prompt)] != prompt:
-        raise ValueError(
-            "the chat template does not keep the prompt's tokens when the answer follows: "
-            f"an answer that starts with {messages[-1]['content'][:1]!r} may melt into the turn's head; strip it"
-        )
-    completion = whole[len(prompt) :]
-    if tokenizer.eos_token_id not in completion:
-        raise ValueError(
-            f"the chat template does not end the assistant's turn with {tokenizer.eos_token!r}; "
-            "set tokenizer.eos_token to the token that does"
-        )
-    end = len(completion) - completion[::-1].index(tokenizer.eos_token_id)
-    return prompt, completion[:end]
-
 
 # ── what is learned ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Marked = tuple[list[int], list[bool]]
-
-
-def last_answer(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, and for each whether it is learned: the last answer and its end-of-turn token."""
-    prompt, completion = render(record, tokenizer)
-    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-
-def all_answers(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, and for each whether it is learned: every answer of the assistant, end-of-turn included.
-
-    Raises:
-        ValueError: as `render`; or the template writes an answer otherwise once more turns follow it, as those do that drop
-            the reasoning of earlier turns.
-    """
-    ids, learned = last_answer(record, tokenizer)
-    messages = record.get("messages", [])
-    for i in range(1, len(messages) - 1):
-        if messages[i]["role"] == "assistant":
-            prompt, answer = render({"messages": messages[: i + 1]}, tokenizer)
-            start, end = len(prompt), len(prompt) + len(answer)
-            if ids[:end] != prompt + answer:
-                raise ValueError(
-                    f"the chat template changes the answer at [{i}] when more turns follow; "
-                    "learn the last answer only, or give the tokenizer a template that keeps the earlier ones"
-                )
-            learned[start:end] = [True] * len(answer)
-    return ids, learned
-
-
-def whole_conversation(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, all of them learned: what everyone said, and the template's own marks."""
-    ids, _ = last_answer(record, tokenizer)
-    return ids, [True] * len(ids)
 
 
 # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +66,9 @@ def collate_preferences(
     Raises:
         ValueError: as `collate_sft`.
     """
-    return _stack(_each(records, lambda row: _answers_row(row, "preference", tokenizer, max_length)), tokenizer)
+    return _stack(
+        _each(records, lambda row: _answers_row(row, "preference", tokenizer, max_length)), tokenizer
+    )
 
 
 def collate_feedback(
@@ -205,7 +89,9 @@ def collate_feedback(
     Raises:
         ValueError: as `collate_sft`; or fewer than two rows.
     """
-    return _stack_feedback(_each(records, lambda row: _answers_row(row, "feedback", tokenizer, max_length)), tokenizer)
+    return _stack_feedback(
+        _each(records, lambda row: _answers_row(row, "feedback", tokenizer, max_length)), tokenizer
+    )
 
 
 def with_prompt(batch: dict[str, Tensor], side: str) -> dict[str, Int[Tensor, "rows length"]]:
@@ -221,7 +107,10 @@ def with_prompt(batch: dict[str, Tensor], side: str) -> dict[str, Int[Tensor, "r
     labels = torch.where(learned.bool(), ids, IGNORE)
     real_first = mask.argsort(dim=1, descending=True, stable=True)
     order = real_first[:, : int(mask.sum(1).max())]
-    return {name: x.gather(1, order) for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+    return {
+        name: x.gather(1, order)
+        for name, x in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
 
 
 def sft_batches(
@@ -355,73 +244,16 @@ def _stack(rows: list[dict], tokenizer) -> dict[str, Tensor]:
 
 def _stack_feedback(rows: list[dict], tokenizer) -> dict[str, Tensor]:
     if len(rows) < 2:
-        raise ValueError("one thumb has no other to be mismatched with, and KTO's KL needs that; batch two rows or more")
+        raise ValueError(
+            "one thumb has no other to be mismatched with, and KTO's KL needs that; batch two rows or more"
+        )
     batch = _stack(rows, tokenizer)
-    batch["mismatched_ids"], batch["mismatched_mask"] = (batch[f"completion_{x}"].roll(1, 0) for x in ("ids", "mask"))
+    batch["mismatched_ids"], batch["mismatched_mask"] = (
+        batch[f"completion_{x}"].roll(1, 0) for x in ("ids", "mask")
+    )
     return {**batch, "desirable": torch.tensor([row["desirable"] for row in rows])}
 
 
 def _filler(tokenizer) -> int:
     # Padding is known by its place, never by its id: here pad and eos are the same token, and eos must be learned.
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p of every completion token (N,) fp32, and the batch row each belongs to (N,); differentiable.
-
-    Only the positions that predict a completion token reach the output head, and where the model takes packed sequences
-    (`use_packed_attention`) padding is not computed at all, and what all rows begin with is computed once.
-
-    Args:
-        model: a causal language model of transformers, with or without adapters.
-        batch: input_ids, attention_mask and labels, each (B, L), as `collate_sft` makes them.
-    """
-    labels, mask = batch["labels"], batch["attention_mask"]
-    predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
-    backbone = model.base_model
-    if row := packed_row(model, batch):
-        places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
-        hidden = backbone(row.ids, **places, use_cache=False).last_hidden_state[0][row.places[predicts]]
-    else:
-        hidden = backbone(batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state[predicts]
-    return _head_logps(model, hidden, labels.roll(-1, 1)[predicts]), predicts.nonzero()[:, 0]
-
-
-def packed_row(model: nn.Module, batch: dict[str, Tensor]) -> Packed | None:
-    """The batch as the one row that the model computes, or None where it takes padded batches only."""
-    if model.config._attn_implementation != PACKED:
-        return None
-    return pack(batch["input_ids"], batch["attention_mask"], share_prefix=not _draws_random_numbers(model))
-
-
-def _draws_random_numbers(model: nn.Module) -> bool:
-    """Dropout or NEFTune is at work, so that equal tokens of two rows are not computed alike."""
-    return draws_noise(model) or (
-        model.training
-        and any(
-            module.dropout if isinstance(module, LoRALinear) else isinstance(module, nn.Dropout) and module.p
-            for module in model.modules()
-        )
-    )
-
-
-def sequence_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed log-probability of each row's completion (B,) fp32, and its number of tokens (B,) int64."""
-    logps, rows = completion_logps(model, batch)
-    zeros = logps.new_zeros(len(batch["labels"]))
-    return zeros.index_add(0, rows, logps), rows.bincount(minlength=len(zeros))
-
-
-def _head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """`token_logps` through the model's own head, whatever it does to the logits after the matrix product."""
-    head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if type(head) is nn.Linear and head.bias is None and scale == 1.0 and not cap:
-        return token_logps(hidden, head.weight, targets)
-
-    def logits(rows: Tensor) -> Tensor:
-        scaled = head(rows) * scale
-        return torch.tanh(scaled / cap) * cap if cap else scaled
-
-    return chunked_logps(hidden, logits, targets)

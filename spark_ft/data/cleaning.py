@@ -147,7 +147,11 @@ class _Near:
             other, others, other_indents = self.texts[place]
             share = len(grams & others) / len(grams | others)
             code = any(indents) or any(other_indents)
-            if share >= self.threshold and (not code or indents == other_indents) and (not best or share > best[0]):
+            if (
+                share >= self.threshold
+                and (not code or indents == other_indents)
+                and (not best or share > best[0])
+            ):
                 best = share, other
         if best is None and number is not None:
             self.lsh.insert(len(self.texts), sketch)
@@ -194,7 +198,9 @@ REFUSAL = re.compile(
     r"|\b(?:request|question|topic)\b[^.!?\n]{0,40}\b(?:goes|falls|is) (?:against|outside|beyond)",
     re.IGNORECASE,
 )
-_QUOTED = re.compile(r"```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$", re.DOTALL | re.MULTILINE)
+_QUOTED = re.compile(
+    r"```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$", re.DOTALL | re.MULTILINE
+)
 
 _SPEAKER = re.compile(r"^\s*[A-Z][\w ]{0,20}:\s.*$", re.MULTILINE)
 
@@ -218,7 +224,9 @@ _OPEN_END = re.compile(  # what no sentence ends with, be there a full stop or n
     r"|whether|whose|your|my|their|our|its|every|between|without))$",
     re.IGNORECASE,
 )
-_CLOSED = re.compile(r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$")  # a sentence's end, a closing mark, or an emoji
+_CLOSED = re.compile(
+    r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$"
+)  # a sentence's end, a closing mark, or an emoji
 _ITEM = re.compile(r"^\s*(?:[-*•+]|\d+[.)])\s+")
 
 
@@ -258,7 +266,11 @@ def _cut_off(answer: str) -> str | None:
     if any(re.search(r"\w", sentence) for sentence in before) and not _ends_in_number(said):
         return f"the last sentence has no end: {ending!r}"
     item = bool(_ITEM.match(last))
-    kin = [line.rstrip() for line in lines[:-1] if bool(_ITEM.match(line)) == item and not line.rstrip().endswith(":")]
+    kin = [
+        line.rstrip()
+        for line in lines[:-1]
+        if bool(_ITEM.match(line)) == item and not line.rstrip().endswith(":")
+    ]
     closed = sum(bool(_CLOSED.search(line[-2:])) for line in kin)
     short = not item and len(said.split()) < 5  # "Enjoy your meal", a name under a letter
     if kin and 2 * closed > len(kin) and not short and not _ends_in_number(said):
@@ -293,7 +305,9 @@ def mend_encoding(text: str) -> str:
             return found[0]
         code = ord(said[0])
         twice_latin1 = 0x80 <= code < 0xA0 and found[0][1] == said[0]
-        letter = 0xA0 <= code < 0x180 or 0x370 <= code < 0x700 or said[0] in _CP1252  # whose ˜ ˆ ƒ come of two wrong readings
+        letter = (
+            0xA0 <= code < 0x180 or 0x370 <= code < 0x700 or said[0] in _CP1252
+        )  # whose ˜ ˆ ƒ come of two wrong readings
         sign = 0x2000 <= code < 0x2E80 or code in (0xFE0F, 0xFEFF) or code >= 0x1F000
         return said if twice_latin1 or letter or sign or len(said) > 1 else found[0]
 
@@ -351,10 +365,25 @@ def _turns(record: Record) -> list[tuple[str, str]]:
         if field in record:
             ours = {"assistant", "gpt", "chatgpt", "bot"}
             return [("answer" if turn[who] in ours else "question", turn[what]) for turn in record[field]]
-    names = {"system": 0, "prompt": 0, "instruction": 0, "input": 0, "completion": 1, "chosen": 1, "rejected": 1, "output": 1}
-    turns = [(("question", "answer")[is_answer], record[name]) for name, is_answer in names.items() if record.get(name)]
+    names = {
+        "system": 0,
+        "prompt": 0,
+        "instruction": 0,
+        "input": 0,
+        "completion": 1,
+        "chosen": 1,
+        "rejected": 1,
+        "output": 1,
+    }
+    turns = [
+        (("question", "answer")[is_answer], record[name])
+        for name, is_answer in names.items()
+        if record.get(name)
+    ]
     if not turns:
-        raise ValueError(f"no text in a row with the fields {list(record)}; rename some to prompt and completion, or messages")
+        raise ValueError(
+            f"no text in a row with the fields {list(record)}; rename some to prompt and completion, or messages"
+        )
     return turns
 
 
@@ -377,7 +406,9 @@ def _alone(reason: str | None) -> tuple[str, None] | None:
     return (reason, None) if reason else None
 
 
-def _drop(records: Iterable[Record], fault: str, why: Callable[[int, Record], tuple[str, int | None] | None]) -> Cleaned:
+def _drop(
+    records: Iterable[Record], fault: str, why: Callable[[int, Record], tuple[str, int | None] | None]
+) -> Cleaned:
     kept, dropped = [], []
     for index, record in enumerate(records):
         if reason := why(index, record):

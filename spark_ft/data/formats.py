@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from spark_ft.records import SHAREGPT, find_fault
+from spark_ft.data.records import SHAREGPT, find_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,8 +55,16 @@ def messages_to_sharegpt(row: Record) -> Record:
     for message in row["messages"]:
         name = message.get("from", _USUAL[message["role"]])
         if SHAREGPT.get(name) != message["role"]:
-            raise ValueError(f'"from" is "{name}" in a message of role "{message["role"]}"; take it out or mend the role')
-        turns.append({"from": name, "value": message["content"], **_rest(message, ("role", "content", "from"), ("value",))})
+            raise ValueError(
+                f'"from" is "{name}" in a message of role "{message["role"]}"; take it out or mend the role'
+            )
+        turns.append(
+            {
+                "from": name,
+                "value": message["content"],
+                **_rest(message, ("role", "content", "from"), ("value",)),
+            }
+        )
     return _replaced(row, "messages", "conversations", turns)
 
 
@@ -96,9 +104,13 @@ def messages_to_alpaca(row: Record) -> Record:
     _check(row, "chat")
     roles = [message["role"] for message in row["messages"]]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f'"messages" are {", ".join(roles)}; Alpaca holds one question and one answer: use ShareGPT')
+        raise ValueError(
+            f'"messages" are {", ".join(roles)}; Alpaca holds one question and one answer: use ShareGPT'
+        )
     if more := {key for message in row["messages"] for key in message} - {"role", "content"}:
-        raise ValueError(f'"messages" hold {", ".join(sorted(more))}, which Alpaca has no place for; take it out')
+        raise ValueError(
+            f'"messages" hold {", ".join(sorted(more))}, which Alpaca has no place for; take it out'
+        )
     *system, user, answer = (message["content"] for message in row["messages"])
     start = row.get("input_start", len(user))
     if start is None:
@@ -108,7 +120,9 @@ def messages_to_alpaca(row: Record) -> Record:
     elif isinstance(start, int) and 2 < start < len(user) and user[start - 2 : start] == "\n\n":
         asked = {"instruction": user[: start - 2], "input": user[start:]}
     else:
-        raise ValueError(f'"input_start" is {start!r}, but no input starts there; the text was changed: take the field out')
+        raise ValueError(
+            f'"input_start" is {start!r}, but no input starts there; the text was changed: take the field out'
+        )
     fields = ("instruction", "input", "output", "system")
     rest = _rest(row, ("messages", "input_start"), fields)
     return {**asked, "output": answer, **({"system": system[0]} if system else {}), **rest}
@@ -125,8 +139,12 @@ def messages_to_sft(row: Record) -> Record:
     """messages of one question and one answer → prompt, completion; the way back of `sft_to_messages`."""
     _check(row, "chat")
     roles = [message["role"] for message in row["messages"]]
-    if roles != ["user", "assistant"] or any(set(message) != {"role", "content"} for message in row["messages"]):
-        raise ValueError(f'"messages" are {", ".join(roles)}; prompt and completion hold two bare turns: keep the messages')
+    if roles != ["user", "assistant"] or any(
+        set(message) != {"role", "content"} for message in row["messages"]
+    ):
+        raise ValueError(
+            f'"messages" are {", ".join(roles)}; prompt and completion hold two bare turns: keep the messages'
+        )
     prompt, completion = (message["content"] for message in row["messages"])
     return {"prompt": prompt, "completion": completion, **_rest(row, ("messages",), ("prompt", "completion"))}
 
@@ -165,7 +183,9 @@ def messages_to_chatml(row: Record) -> str:
     for i, message in enumerate(row["messages"]):
         for mark in ("<|im_start|>", "<|im_end|>"):
             if mark in message["content"]:
-                raise ValueError(f'"messages" at [{i}]: "content" holds {mark}, ChatML\'s own mark; take it out')
+                raise ValueError(
+                    f'"messages" at [{i}]: "content" holds {mark}, ChatML\'s own mark; take it out'
+                )
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"])
 
 
@@ -196,7 +216,9 @@ def thumbs_to_pairs(thumbs: Iterable[Record]) -> list[Record]:
             if good["completion"] != bad["completion"]:
                 agreed = {key: value for key, value in good.items() if key in bad and bad[key] == value}
                 rest = _rest(agreed, ("prompt", "completion", "label"), ("chosen", "rejected"))
-                pairs.append({"prompt": prompt, "chosen": good["completion"], "rejected": bad["completion"], **rest})
+                pairs.append(
+                    {"prompt": prompt, "chosen": good["completion"], "rejected": bad["completion"], **rest}
+                )
     return pairs
 
 
@@ -213,10 +235,14 @@ def ratings_to_thumbs(rows: Iterable[Record], up: float = 4, down: float = 2) ->
         _check(row, "sft", index)
         rating = row.get("rating")
         if isinstance(rating, bool) or not isinstance(rating, (int, float)):
-            raise ValueError(f'row {index}: "rating" must be a number, not {rating!r}; write one or drop the row')
+            raise ValueError(
+                f'row {index}: "rating" must be a number, not {rating!r}; write one or drop the row'
+            )
         if rating >= up or rating <= down:
             rest = _rest(row, ("prompt", "completion"), ("label",))
-            thumbs.append({"prompt": row["prompt"], "completion": row["completion"], "label": rating >= up, **rest})
+            thumbs.append(
+                {"prompt": row["prompt"], "completion": row["completion"], "label": rating >= up, **rest}
+            )
     return thumbs
 
 
@@ -225,7 +251,9 @@ def to_dataset(records: Iterable[Record]) -> "Dataset":
     from datasets import Dataset
 
     rows = list(records)
-    columns = dict.fromkeys(field for row in rows for field in row)  # from_list would take the first row's alone
+    columns = dict.fromkeys(
+        field for row in rows for field in row
+    )  # from_list would take the first row's alone
     return Dataset.from_dict({field: [row.get(field) for row in rows] for field in columns})
 
 
@@ -249,7 +277,9 @@ def _rest(row: Record, used: tuple[str, ...], taken: tuple[str, ...]) -> Record:
     """The fields of a row beyond those used up; none may bear the name of a field that the result has of its own."""
     rest = {key: value for key, value in row.items() if key not in used}
     if clash := [key for key in taken if key in rest]:
-        raise ValueError(f'"{clash[0]}" is there already, and the conversion writes a field of that name; rename it first')
+        raise ValueError(
+            f'"{clash[0]}" is there already, and the conversion writes a field of that name; rename it first'
+        )
     return rest
 
 

@@ -5,66 +5,15 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-import torch
-from torch import nn
-
-from spark_ft.data import padded
-from spark_ft.evaluation import Estimate, wilson_interval
+from spark_ft.stats import Estimate, wilson_interval
 
 Record = dict[str, Any]
 Length = Callable[[str], int]
 
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[str],
-    n: int = 4,
-    temperature: float = 0.8,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> list[list[str]]:
-    """Up to n answers of the model to each prompt, drawn at a temperature; those that did not end by themselves are left out.
-
-    Args:
-        prompts: the user's turns.
-        n: answers drawn for each prompt.
-        temperature: more is more varied; 0.7 to 1.0 is usual.
-        max_new_tokens: where an answer counts as not ended.
-        batch_size: prompts at a time, n answers each.
-        seed: the same seed draws the same answers on the same machine; torch's global generator is left as it was.
-    """
-    found: list[list[str]] = []
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
-            encoded = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-            ids, mask = padded(encoded, tokenizer.pad_token_id, left=True)
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=n,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, ids.shape[1] :]
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-            ended = (out == tokenizer.eos_token_id).any(1).tolist()
-            for row in range(0, len(texts), n):
-                found.append([texts[i] for i in range(row, row + n) if ended[i]])
-    model.train(training)
-    return found
-
-
-def judged_pairs(prompts: Sequence[str], answers: Sequence[Sequence[str]], judge: Callable[[str], bool]) -> list[Record]:
+def judged_pairs(
+    prompts: Sequence[str], answers: Sequence[Sequence[str]], judge: Callable[[str], bool]
+) -> list[Record]:
     """Every pair of a good and a bad answer to the same prompt; a prompt whose answers are all good or all bad gives none.
 
     Args:
@@ -76,12 +25,18 @@ def judged_pairs(prompts: Sequence[str], answers: Sequence[Sequence[str]], judge
         ValueError: the numbers of prompts and of lists of answers differ.
     """
     if len(prompts) != len(answers):
-        raise ValueError(f"{len(answers)} lists of answers for {len(prompts)} prompts; there must be one for each")
+        raise ValueError(
+            f"{len(answers)} lists of answers for {len(prompts)} prompts; there must be one for each"
+        )
     pairs = []
     for prompt, drawn in zip(prompts, answers, strict=True):
         verdicts = {text: judge(text) for text in dict.fromkeys(drawn) if text.strip()}
-        good, bad = ([text for text, verdict in verdicts.items() if verdict is wanted] for wanted in (True, False))
-        pairs += [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen in good for rejected in bad]
+        good, bad = (
+            [text for text, verdict in verdicts.items() if verdict is wanted] for wanted in (True, False)
+        )
+        pairs += [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen in good for rejected in bad
+        ]
     return pairs
 
 

@@ -40,7 +40,9 @@ def _boolean(value: Any) -> str | None:
 def _turns(who: str, what: str, names: tuple[str, ...]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         if not isinstance(value, list):
-            return f'must be a list of messages, not {_type_name(value)}; write [{{"{who}": …, "{what}": …}}, …]'
+            return (
+                f'must be a list of messages, not {_type_name(value)}; write [{{"{who}": …, "{what}": …}}, …]'
+            )
         if not value:
             return "is empty; fill it in or drop the row"
         for i, turn in enumerate(value):
@@ -62,7 +64,10 @@ KINDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     "feedback": {"prompt": _text, "completion": _text, "label": _boolean},
     "chat": {"messages": _turns("role", "content", ROLES)},
     "sharegpt": {"conversations": _turns("from", "value", tuple(SHAREGPT))},
-    "alpaca": {"instruction": _text, "output": _text},  # and "input", which may be empty or not be there at all
+    "alpaca": {
+        "instruction": _text,
+        "output": _text,
+    },  # and "input", which may be empty or not be there at all
 }
 
 
@@ -114,7 +119,7 @@ def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    from spark_ft.adapters import write_atomically  # brings torch, which reading needs none of
+    from spark_ft.files import write_atomically
 
     write_atomically(Path(path), write)
 
@@ -146,8 +151,12 @@ def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 def find_fault(record: Any, kind: str) -> str | None:
     """What is wrong with a record and how to mend it, or None."""
-    if not isinstance(record, dict) and not isinstance(record, Mapping):  # Dataset.map hands over rows that are no dicts
-        return f'a row must be a JSON object, not {_type_name(record)}; write {{"{next(iter(KINDS[kind]))}": …}}'
+    if not isinstance(record, dict) and not isinstance(
+        record, Mapping
+    ):  # Dataset.map hands over rows that are no dicts
+        return (
+            f'a row must be a JSON object, not {_type_name(record)}; write {{"{next(iter(KINDS[kind]))}": …}}'
+        )
     for field, check in KINDS[kind].items():
         if field not in record:
             return f'"{field}" is missing; a row of kind "{kind}" has {", ".join(KINDS[kind])}'

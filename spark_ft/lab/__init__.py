@@ -12,7 +12,9 @@ quiet_known_messages()
 def _plain(value: Any) -> bool | int | float | str:
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, bool | int | float | str):
-        raise TypeError(f"a headline holds numbers, booleans and strings, not {type(value).__name__}: {value!r}")
+        raise TypeError(
+            f"a headline holds numbers, booleans and strings, not {type(value).__name__}: {value!r}"
+        )
     return value
 
 
@@ -29,7 +31,9 @@ class Headline(dict):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         from html import escape
 
-        rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(_shown(v))}</td></tr>" for k, v in self.items())
+        rows = "".join(
+            f"<tr><th>{escape(str(k))}</th><td>{escape(_shown(v))}</td></tr>" for k, v in self.items()
+        )
         return {HEADLINE_TYPE: dict(self), "text/html": f"<table>{rows}</table>", "text/plain": repr(self)}
 
 

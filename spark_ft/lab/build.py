@@ -40,7 +40,9 @@ class BuildError(ValueError):
 
 def sources(names: list[str] | None = None, labs: Path = LABS) -> list[Path]:
     """The labs' sources in the order of their numbers; `names` picks some: "3.1.1", "lab-3.1.1" or the whole name."""
-    found = sorted((labs / "src").glob("lab-*.py"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    found = sorted(
+        (labs / "src").glob("lab-*.py"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)]
+    )
     if not names:
         return found
     starts = ["lab-" + re.sub(r"\.(py|ipynb)$", "", Path(name).name).removeprefix("lab-") for name in names]
@@ -64,7 +66,9 @@ def read_source(path: Path) -> NotebookNode:
         for drawn in ("lines_to_next_cell", "title"):
             cell.metadata.pop(drawn, None)
         if "nbgrader" in cell.metadata:
-            cell.metadata["nbgrader"] = _complete_grading(cell.metadata["nbgrader"], f"{path.name}, cell {number}")
+            cell.metadata["nbgrader"] = _complete_grading(
+                cell.metadata["nbgrader"], f"{path.name}, cell {number}"
+            )
         cell.id = _cell_id(cell, seen)
         _check_solution(cell, f"{path.name}, cell {number}")
     nbformat.validate(notebook)
@@ -78,7 +82,14 @@ def _complete_grading(given: dict, where: str) -> NotebookNode:
     grade, solution = given.get("grade", False), given.get("solution", False)
     if grade and "points" not in given:
         raise BuildError(f'{where}: a graded cell needs "points"')
-    full = {"schema_version": 3, "grade": grade, "solution": solution, "locked": not solution, "task": False, **given}
+    full = {
+        "schema_version": 3,
+        "grade": grade,
+        "solution": solution,
+        "locked": not solution,
+        "task": False,
+        **given,
+    }
     return nbformat.from_dict(full)
 
 
@@ -108,10 +119,13 @@ def _check_solution(cell: NotebookNode, where: str) -> None:
     for begin, end in zip(begins, ends, strict=True):
         # The END comment may stand below the function's last statement, so it is its indentation that counts.
         inside = any(
-            f.body[0].lineno > f.lineno and f.lineno < begin < end and _covers(f, begin, end, lines) for f in functions
+            f.body[0].lineno > f.lineno and f.lineno < begin < end and _covers(f, begin, end, lines)
+            for f in functions
         )
         if not inside:
-            raise BuildError(f"{where}, line {begin}: a solution region stands inside a function (its stub raises)")
+            raise BuildError(
+                f"{where}, line {begin}: a solution region stands inside a function (its stub raises)"
+            )
 
 
 def _covers(function: ast.FunctionDef, begin: int, end: int, lines: list[str]) -> bool:
@@ -130,14 +144,20 @@ def learners(solved: NotebookNode) -> NotebookNode:
         def preprocess_cell(self, cell, resources, cell_index):
             if cell.cell_type == "code" and BEGIN in cell.source:
                 self.exercise += 1
-                self.code_stub = {"python": f'raise NotImplementedError("your turn (exercise {self.exercise})")'}
+                self.code_stub = {
+                    "python": f'raise NotImplementedError("your turn (exercise {self.exercise})")'
+                }
             return super().preprocess_cell(cell, resources, cell_index)
 
-    clear = NumberedStubs(begin_solution_delimeter=BEGIN, end_solution_delimeter=END, text_stub="*Your answer here.*")
+    clear = NumberedStubs(
+        begin_solution_delimeter=BEGIN, end_solution_delimeter=END, text_stub="*Your answer here.*"
+    )
     notebook, _ = clear.preprocess(copy.deepcopy(solved), {})
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](../../", "](../")  # written for labs/solutions/, one folder deeper
+            cell.source = cell.source.replace(
+                "](../../", "](../"
+            )  # written for labs/solutions/, one folder deeper
     return without_outputs(notebook)
 
 
@@ -189,19 +209,25 @@ def execute(notebook: NotebookNode, on_cell: Callable[[int], None] | None = None
     return notebook
 
 
-def check_outputs(notebook: NotebookNode, name: str, private: tuple[str, ...] = (str(ROOT), f"{Path.home()}/")) -> None:
+def check_outputs(
+    notebook: NotebookNode, name: str, private: tuple[str, ...] = (str(ROOT), f"{Path.home()}/")
+) -> None:
     """Refuse outputs that name this machine's folders, that hold stray warnings, or that weigh too much."""
     for number, cell in enumerate(notebook.cells, 1):
         for output in cell.get("outputs", []):
             text = json.dumps(output, ensure_ascii=False)
             for path in private:
                 if path in text:
-                    raise BuildError(f"{name}, cell {number}: its output names a folder of this machine, {path}")
+                    raise BuildError(
+                        f"{name}, cell {number}: its output names a folder of this machine, {path}"
+                    )
             if output.output_type == "stream" and output.name == "stderr":
                 raise BuildError(f"{name}, cell {number}: it writes to stderr: {output.text.strip()[:200]!r}")
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:
-        raise BuildError(f"{name}: {size / 1000:.0f} KB, more than {MAX_BYTES // 1000}; print less, or smaller figures")
+        raise BuildError(
+            f"{name}: {size / 1000:.0f} KB, more than {MAX_BYTES // 1000}; print less, or smaller figures"
+        )
 
 
 def keep_outputs(notebook: NotebookNode, old: NotebookNode) -> bool:
@@ -255,13 +281,19 @@ def build(path: Path, run: bool = True) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m spark_ft.lab.build", description="Build labs from labs/src.")
+    parser = argparse.ArgumentParser(
+        prog="python -m spark_ft.lab.build", description="Build labs from labs/src."
+    )
     parser.add_argument("names", nargs="*", help="labs to build, by the start of their names; default: all")
-    parser.add_argument("--no-execute", action="store_true", help="only text changed: keep the stored outputs")
+    parser.add_argument(
+        "--no-execute", action="store_true", help="only text changed: keep the stored outputs"
+    )
     parser.add_argument("--labs", type=Path, default=LABS, help="the labs folder, which holds src/")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("SPARK_FT_PROFILE", "laptop")  # stored outputs are the ones that everybody can reproduce
+    os.environ.setdefault(
+        "SPARK_FT_PROFILE", "laptop"
+    )  # stored outputs are the ones that everybody can reproduce
     failed = 0
     try:
         chosen = sources(options.names, options.labs)

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
-from spark_ft.data import read_records, sft_batches
-from spark_ft.evaluation import Estimate, exact_match, generate, wilson_interval
-from spark_ft.models import CACHE, ROOT, load_model, profile, sha256
-from spark_ft.training import History, TrainConfig, sft_loss, train
+from spark_ft.data.batches import sft_batches
+from spark_ft.data.records import read_records
+from spark_ft.evaluation import exact_match, generate
+from spark_ft.files import CACHE, ROOT, sha256
+from spark_ft.models import load_model, profile
+from spark_ft.scoring import sft_loss
+from spark_ft.stats import Estimate, wilson_interval
+from spark_ft.training import History, TrainConfig, train
 
 TICKETS = ROOT / "data" / "kitchen_tickets"
 ADAPTER = AdapterConfig(rank=16, alpha=32.0)
@@ -73,7 +77,13 @@ def kitchen_adapter(seed: int = 0) -> Path:
     Its name holds a hash of all it depends on: profile, data, adapter and training settings.
     """
     config = run_config(seed)
-    depends = [str(profile()), str(ADAPTER), str(config.rate(1)), str(config), sha256(TICKETS / "train.jsonl")]
+    depends = [
+        str(profile()),
+        str(ADAPTER),
+        str(config.rate(1)),
+        str(config),
+        sha256(TICKETS / "train.jsonl"),
+    ]
     folder = CACHE / "adapters" / f"kitchen-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
     if not (folder / "adapter_config.json").is_file():  # written last, so where it is, all is
         print(f"training the kitchen adapter once ({config.steps} steps) …", flush=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
-from spark_ft.data import collate_sft
+from spark_ft.data.batches import collate_sft
+from spark_ft.embedded import EMBEDDED
 from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
-from spark_ft.models import EMBEDDED, load_model
-from spark_ft.training import sft_loss
+from spark_ft.models import load_model
+from spark_ft.scoring import sft_loss
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -65,7 +66,10 @@ def _against_peft(
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"], use_dora=dora)
     theirs = get_peft_model(theirs_model, config).base_model.model[0]
     ours = layer_type(base, rank, alpha, 0.0)
-    trained = {"A": (ours.lora_A, theirs.lora_A["default"].weight), "B": (ours.lora_B, theirs.lora_B["default"].weight)}
+    trained = {
+        "A": (ours.lora_A, theirs.lora_A["default"].weight),
+        "B": (ours.lora_B, theirs.lora_B["default"].weight),
+    }
     if dora:
         trained["the magnitude"] = (ours.magnitude, theirs.lora_magnitude_vector["default"].weight)
     with torch.no_grad():
@@ -105,7 +109,9 @@ def trl_marks(
     from trl import SFTConfig, SFTTrainer
 
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape))  # it computes nothing
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)
+    )  # it computes nothing
     config = SFTConfig(
         output_dir=tempfile.gettempdir(),  # nothing is written: no step is taken
         completion_only_loss=completion_only,
@@ -120,7 +126,9 @@ def trl_marks(
     silent = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model, config, train_dataset=Dataset.from_list(records), processing_class=tokenizer
+        )
     finally:
         if not silent:
             enable_progress_bars()
@@ -142,10 +150,16 @@ def neftune_against_transformers(
         differences of the noise, and of a small model's loss and of its adapters' gradient; 0 is bit for bit.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.integrations.neftune import activate_neftune, deactivate_neftune, neftune_post_forward_hook
+    from transformers.integrations.neftune import (
+        activate_neftune,
+        deactivate_neftune,
+        neftune_post_forward_hook,
+    )
 
     shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=80, num_key_value_heads=2, initializer_range=0.1, **shape))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=80, num_key_value_heads=2, initializer_range=0.1, **shape)
+    )
     add_adapters(model, AdapterConfig(rank=4)).train()
     adapters = [p for p in model.parameters() if p.requires_grad]
     ids, embeddings, state = torch.randint(80, (3, 20)), torch.randn(3, 20, 48), torch.get_rng_state()
@@ -164,11 +178,17 @@ def neftune_against_transformers(
     our_noise = noise(embeddings, alpha) - embeddings
     with manager(model, alpha):
         our_loss, our_gradient = step()
-    pairs = {"noise": (our_noise, their_noise), "loss": (our_loss, their_loss), "gradient": (our_gradient, their_gradient)}
+    pairs = {
+        "noise": (our_noise, their_noise),
+        "loss": (our_loss, their_loss),
+        "gradient": (our_gradient, their_gradient),
+    }
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
 
 
-def nf4_against_bitsandbytes(weight: Tensor, packed: Tensor, absmax: Tensor, dequantized: Tensor) -> dict[str, float]:
+def nf4_against_bitsandbytes(
+    weight: Tensor, packed: Tensor, absmax: Tensor, dequantized: Tensor
+) -> dict[str, float]:
     """A weight's NF4 bytes, scales and numbers against bitsandbytes' own, block 64, scales in fp32.
 
     Returns:
@@ -194,7 +214,9 @@ def double_quantization_against_bitsandbytes(weight: Tensor, ours: NF4Tensor) ->
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     theirs, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    errors = [(numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize_4bit(theirs, state))]
+    errors = [
+        (numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize_4bit(theirs, state))
+    ]
     return {
         "bytes equal": _share_equal(ours.packed, theirs),
         "8-bit scales equal": _share_equal(ours.scale_codes, state.absmax),
@@ -208,7 +230,11 @@ def _share_equal(ours: Tensor, theirs: Tensor) -> float:
 
 
 def qlora_against_peft(
-    records: list[dict[str, Any]], steps: int, batch_size: int = 2, rank: int = 16, learning_rate: float = 2e-3
+    records: list[dict[str, Any]],
+    steps: int,
+    batch_size: int = 2,
+    rank: int = 16,
+    learning_rate: float = 2e-3,
 ) -> dict[str, Any]:
     """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT.
 
@@ -220,16 +246,20 @@ def qlora_against_peft(
     """
     from peft import PeftModel
 
-    from spark_ft.bench import bitsandbytes_model, four_bit_folder
+    from spark_ft.bench.harness import bitsandbytes_model, four_bit_folder
 
     ours, tokenizer = load_model(str(four_bit_folder()), dtype=torch.float32)
     theirs, _ = bitsandbytes_model(four_bit_folder())
     by_us, _ = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
     quantized = {name: layer.weight for name, layer in by_us.named_modules() if isinstance(layer, NF4Linear)}
-    bytes_equal = [_share_equal(weight.packed, theirs.get_submodule(name).weight) for name, weight in quantized.items()]
+    bytes_equal = [
+        _share_equal(weight.packed, theirs.get_submodule(name).weight) for name, weight in quantized.items()
+    ]
     add_adapters(ours, AdapterConfig(rank=rank, alpha=2 * rank)).train()
     with tempfile.TemporaryDirectory() as folder:
-        theirs = PeftModel.from_pretrained(theirs, str(save_adapters(ours, folder)), is_trainable=True).train()
+        theirs = PeftModel.from_pretrained(
+            theirs, str(save_adapters(ours, folder)), is_trainable=True
+        ).train()
 
     def our_loss(batch: dict[str, Tensor]) -> Tensor:
         total, count = sft_loss(ours, batch)

@@ -67,7 +67,14 @@ matplotlib.rcParams.update(STYLE)  # what a lab draws later, a heat map or a leg
 
 
 def figure(
-    title: str, *, caption: str, x: str = "", y: str = "", columns: int = 1, width: float = 7.2, height: float = 3.6
+    title: str,
+    *,
+    caption: str,
+    x: str = "",
+    y: str = "",
+    columns: int = 1,
+    width: float = 7.2,
+    height: float = 3.6,
 ) -> tuple[Figure, Axes]:
     """An empty figure in the project's style: (figure, axes), with an array of axes where columns > 1.
 
@@ -79,7 +86,9 @@ def figure(
         width, height: inches; at 100 dots an inch.
     """
     if not title.strip() or not caption.strip():
-        raise ValueError("a figure needs a title that states its claim and a caption that says what it rests on")
+        raise ValueError(
+            "a figure needs a title that states its claim and a caption that says what it rests on"
+        )
     fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained")
     for ax in fig.axes:
         ax.set(xlabel=x, ylabel=y)
@@ -102,7 +111,9 @@ def show(fig: Figure, alt: str) -> None:
         ValueError: the alt text says nothing, an axis has no label, or the PNG weighs more than 60 KB.
     """
     if len(alt.split()) < 6:
-        raise ValueError(f"the alt text {alt!r} does not say what the figure shows; tell its shape and its numbers")
+        raise ValueError(
+            f"the alt text {alt!r} does not say what the figure shows; tell its shape and its numbers"
+        )
     for ax in fig.axes:
         # A colour bar and an axis turned off explain themselves or hold no scale.
         if ax.axison and not hasattr(ax, "_colorbar") and not (ax.get_xlabel() and ax.get_ylabel()):
@@ -120,7 +131,11 @@ def _png(fig: Figure) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png")
     # 128 colours are plenty for lines, bars and grey maps, and weigh a third of the full range.
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+        small, format="png", optimize=True
+    )
     if small.tell() > MAX_BYTES:
-        raise ValueError(f"the figure weighs {small.tell() / 1000:.0f} KB, more than 60: fewer points, or smaller")
+        raise ValueError(
+            f"the figure weighs {small.tell() / 1000:.0f} KB, more than 60: fewer points, or smaller"
+        )
     return small.getvalue()

@@ -54,7 +54,11 @@ def run_lab(source: Path) -> Result:
     except DeadKernelError:
         error = "the kernel died; the usual reason is too little memory"
     except CellExecutionError as failed:
-        cell = next(i for i, c in enumerate(notebook.cells, 1) if any(o.output_type == "error" for o in c.get("outputs", [])))
+        cell = next(
+            i
+            for i, c in enumerate(notebook.cells, 1)
+            if any(o.output_type == "error" for o in c.get("outputs", []))
+        )
         traceback = textwrap.indent(ANSI.sub("", failed.traceback).strip(), "    ")
         error = f"cell {cell} of {len(notebook.cells)}: {failed.ename}: {failed.evalue}\n{traceback}"
     return Result(source.stem, time.perf_counter() - started, said, error)
@@ -63,7 +67,9 @@ def run_lab(source: Path) -> Result:
 def _progress(name: str, notebook: NotebookNode):
     if not sys.stdout.isatty():
         return None
-    return lambda index: print(f"{CLEAR}{name}: cell {index + 1} of {len(notebook.cells)}", end="", flush=True)
+    return lambda index: print(
+        f"{CLEAR}{name}: cell {index + 1} of {len(notebook.cells)}", end="", flush=True
+    )
 
 
 def table(results: list[Result], width: int = 120) -> str:
@@ -82,7 +88,9 @@ def table(results: list[Result], width: int = 120) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 if a lab failed, with its traceback printed."""
-    parser = argparse.ArgumentParser(prog="spark-ft labs", description="Execute the labs from labs/src, headless.")
+    parser = argparse.ArgumentParser(
+        prog="spark-ft labs", description="Execute the labs from labs/src, headless."
+    )
     parser.add_argument("names", nargs="*", help="labs to run, as 3.1.1 or by whole name; default: all")
     parser.add_argument("--labs", type=Path, default=LABS, help="the labs folder, which holds src/")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """A model of true size with random weights: what a step takes and how long depends on their number, not on what they say.
 
-    python -m spark_ft.lab.giant                    all 80 layers of Llama-3.3-70B in NF4, LoRA r16, S = 512 and 2048
-    python -m spark_ft.lab.giant --layers 2 --lengths 512
+    python -m spark_ft.lab.true_size                    all 80 layers of Llama-3.3-70B in NF4, LoRA r16, S = 512 and 2048
+    python -m spark_ft.lab.true_size --layers 2 --lengths 512
 
 Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes minutes and writes
 `data/measurements/gpu/NAME.json`, with device, date, versions and settings.
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spark_ft.adapters import AdapterConfig, add_adapters, write_atomically
-from spark_ft.machine import free_at_once, measure
-from spark_ft.memory import CONTEXT, EMBEDDINGS, LOGITS, MOMENTS, MemoryPlan, plan_training
+from spark_ft.adapters import AdapterConfig, add_adapters
+from spark_ft.files import ROOT, write_atomically
+from spark_ft.memory.machine import free_at_once, measure
+from spark_ft.memory.plan import CONTEXT, EMBEDDINGS, LOGITS, MOMENTS, MemoryPlan, plan_training
+from spark_ft.memory.shapes import known_config
 from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
-from spark_ft.models import ROOT
-from spark_ft.shapes import known_config
-from spark_ft.training import sft_loss
+from spark_ft.scoring import sft_loss
 
 MEASURED = ROOT / "data" / "measurements" / "gpu"
 
@@ -61,7 +61,9 @@ def random_nf4_model(config, device: str, dtype: torch.dtype, seed: int = 0):
     return model.to(device).train()
 
 
-def fill(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0, keep: Sequence[nn.Module] = ()) -> None:
+def fill(
+    model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0, keep: Sequence[nn.Module] = ()
+) -> None:
     """Draw every parameter of a model on the meta device, one at a time; linear layers not in `keep` become `NF4Linear`."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, module in list(model.named_modules()):
@@ -80,7 +82,9 @@ def fill(model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0, keep:
 # ── one decoder layer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def random_layer(config, device: str = "cpu", dtype: torch.dtype = torch.float32, rank: int = 16, seed: int = 0) -> nn.Module:
+def random_layer(
+    config, device: str = "cpu", dtype: torch.dtype = torch.float32, rank: int = 16, seed: int = 0
+) -> nn.Module:
     """One decoder layer of a Llama of this shape, in NF4 with random weights, LoRA on all its linear layers."""
     from accelerate import init_empty_weights
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -117,11 +121,20 @@ def layer_step(layer: nn.Module, config, length: int, seed: int = 0) -> float:
     return loss.item()
 
 
-def plan_layer(config, length: int, dtype: torch.dtype = torch.float32, rank: int = 16, device: str = "cpu") -> MemoryPlan:
+def plan_layer(
+    config, length: int, dtype: torch.dtype = torch.float32, rank: int = 16, device: str = "cpu"
+) -> MemoryPlan:
     """The plan of `layer_step`: that of a model of one such layer, without embeddings, head, optimizer and CUDA context."""
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
-    settings = {"length": length, "completion": 1, "rank": rank, "dtype": dtype, "moments": 0, "device": device}
+    settings = {
+        "length": length,
+        "completion": 1,
+        "rank": rank,
+        "dtype": dtype,
+        "moments": 0,
+        "device": device,
+    }
     plan = plan_training(one, "qlora", **settings)
     left_out = {EMBEDDINGS, LOGITS, MOMENTS, CONTEXT}
     terms = {name: size for name, size in plan.terms.items() if name not in left_out}
@@ -200,7 +213,12 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 
 
 def measure_run(
-    config, device: str, lengths: Sequence[int], steps: int = 4, dtype: torch.dtype = torch.bfloat16, rank: int = 16
+    config,
+    device: str,
+    lengths: Sequence[int],
+    steps: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 16,
 ) -> dict[str, Any]:
     """QLoRA steps on a model of this shape, batch 1 and checkpointing: peak bytes, seconds a step, tokens a second.
 
@@ -221,7 +239,9 @@ def measure_run(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     runs = []
     for length in lengths:
-        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
+        ids = torch.randint(
+            config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length)
+        ).to(device)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         times, losses = [], []
         with measure(device) as memory:
@@ -232,7 +252,9 @@ def measure_run(
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 losses.append((total / count).item())
-        plan = plan_training(config, "qlora", length=length, dtype=dtype, rank=rank, device=torch.device(device).type)
+        plan = plan_training(
+            config, "qlora", length=length, dtype=dtype, rank=rank, device=torch.device(device).type
+        )
         runs.append(
             {
                 "length": length,
@@ -244,7 +266,10 @@ def measure_run(
                 "losses": losses,
             }
         )
-        print(f"{length} tokens: {memory.peak / 1e9:.1f} GB, {runs[-1]['seconds a step']:.2f} s a step", flush=True)
+        print(
+            f"{length} tokens: {memory.peak / 1e9:.1f} GB, {runs[-1]['seconds a step']:.2f} s a step",
+            flush=True,
+        )
     return {
         "parameters": _count(model),
         "trained": sum(p.numel() for p in trained),
@@ -276,13 +301,17 @@ def stored() -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and store."""
-    parser = argparse.ArgumentParser(prog="python -m spark_ft.lab.giant", description="QLoRA at true size, random weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m spark_ft.lab.true_size", description="QLoRA at true size, random weights."
+    )
     parser.add_argument("--model", default="Llama-3.3-70B", help="a known shape (see spark-ft plan --help)")
     parser.add_argument("--layers", type=int, default=80, help="decoder layers (80)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens a row (512 2048)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps for each length (4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="where to write; default data/measurements/gpu/, on a GPU only")
+    parser.add_argument(
+        "--out", type=Path, help="where to write; default data/measurements/gpu/, on a GPU only"
+    )
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), torch.bfloat16 if options.device != "cpu" else torch.float32
     config = giant_config(options.layers, options.model)
@@ -290,10 +319,17 @@ def main(arguments: list[str] | None = None) -> int:
         "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear layers, AdamW, "
         "checkpointing, batch 1",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "device bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        "device bytes": torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else None,
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("spark-ft", "torch", "transformers")},
-        "settings": {"layers": options.layers, "steps": options.steps, "dtype": str(dtype), "adapters": "float32"},
+        "settings": {
+            "layers": options.layers,
+            "steps": options.steps,
+            "dtype": str(dtype),
+            "adapters": "float32",
+        },
         **measure_run(config, options.device, options.lengths, options.steps, dtype),
     }
     text = json.dumps(result, indent=1) + "\n"

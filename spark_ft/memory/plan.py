@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import ALL_LINEAR, AdapterConfig, add_adapters
-from spark_ft.data import IGNORE, packed_row
-from spark_ft.machine import GIB, MemoryBudget, budget, held, measure
+from spark_ft.data.chat import IGNORE
+from spark_ft.memory.machine import GIB, MemoryBudget, budget, held, measure
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import DENSE, NF4Linear, NF4Tensor
-from spark_ft.models import PACKED
+from spark_ft.scoring import PACKED, packed_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 LOGIT_ROWS = 128  # token_logps' chunk_size
-CUDA_CONTEXT_BYTES = 700_000_000  # what a CUDA process holds before its first tensor: driver, kernels, cuBLAS's workspace
+CUDA_CONTEXT_BYTES = (
+    700_000_000  # what a CUDA process holds before its first tensor: driver, kernels, cuBLAS's workspace
+)
 
 METHODS, TASKS = ("full", "lora", "dora", "qlora"), ("sft", "preference")
 LINEAR, EMBEDDINGS, NORMS, REFERENCE = "linear layers", "embeddings and head", "norms", "reference model"
@@ -126,7 +128,11 @@ def plan_training(
     Raises:
         ValueError: the method or task is unknown, or the model is of another kind.
     """
-    for name, value, known in (("method", method, METHODS), ("task", task, TASKS), ("device", device, ("cuda", "cpu"))):
+    for name, value, known in (
+        ("method", method, METHODS),
+        ("task", task, TASKS),
+        ("device", device, ("cuda", "cpu")),
+    ):
         if value not in known:
             raise ValueError(f'{name}="{value}" is unknown; choose one of {", ".join(known)}')
     for name, number in (
@@ -137,10 +143,14 @@ def plan_training(
         if number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
     full, quantized, dora = method == "full", method == "qlora", method == "dora"
-    adapters = None if full else AdapterConfig(rank=rank, targets=targets)  # DoRA has a norm to compute, and meta no numbers
+    adapters = (
+        None if full else AdapterConfig(rank=rank, targets=targets)
+    )  # DoRA has a norm to compute, and meta no numbers
     model = _on_meta(type(model_config), model_config.to_json_string(use_diff=False), adapters)
     if _widths(model) is None:
-        raise ValueError(f'model_type="{model_config.model_type}" cannot be planned for; {", ".join(_PLANNED)} can')
+        raise ValueError(
+            f'model_type="{model_config.model_type}" cannot be planned for; {", ".join(_PLANNED)} can'
+        )
 
     def size(tensor: Tensor, kind: str) -> int:
         if quantized and kind == LINEAR and tensor.dim() == 2:
@@ -157,19 +167,28 @@ def plan_training(
     if full and task == "preference":
         held[REFERENCE] = sum(held.values())
     head = model.get_output_embeddings()
-    largest = max(x.in_features * x.out_features for x in model.modules() if hasattr(x, "in_features") and x is not head)
+    largest = max(
+        x.in_features * x.out_features for x in model.modules() if hasattr(x, "in_features") and x is not head
+    )
     rows = batch_size * (2 if task == "preference" else 1)
     terms, peak = _add_up(
         model,
-        held | {GRADIENTS: numbers * gradient_dtype.itemsize, MOMENTS: moments * numbers * moment_dtype.itemsize},
-        _Tokens([length] * rows, rows * (length if completion is None else completion), packed=device == "cpu"),
+        held
+        | {GRADIENTS: numbers * gradient_dtype.itemsize, MOMENTS: moments * numbers * moment_dtype.itemsize},
+        _Tokens(
+            [length] * rows, rows * (length if completion is None else completion), packed=device == "cpu"
+        ),
         width=dtype.itemsize,
         adapter_width=adapter_dtype.itemsize,
         dora=dora,
         checkpointing=checkpointing,
         accumulates=gradient_accumulation_steps > 1,
         logit_rows=logit_rows,
-        dequantized=0 if not quantized else 2 * largest if whole_matrices else _dequantized(largest, dtype.itemsize, device),
+        dequantized=0
+        if not quantized
+        else 2 * largest
+        if whole_matrices
+        else _dequantized(largest, dtype.itemsize, device),
         context=CUDA_CONTEXT_BYTES if device == "cuda" else 0,
     )
     adapted = {"rank": rank, "targets": targets, "adapters": _short(adapter_dtype)}
@@ -194,7 +213,9 @@ def plan_training(
 def nf4_bytes(weights: int, double_quant: bool = True, block_size: int = 64) -> int:
     """Bytes of so many weights in NF4: 4 bits each, and a scale a block, in fp32, or in 8 bits with fp32 for 256 of them."""
     blocks = ceil(weights / block_size)
-    return ceil(weights / 2) + (blocks + 4 * ceil(blocks / 256) + 4 if double_quant else 4 * blocks)  # + 4: their mean
+    return ceil(weights / 2) + (
+        blocks + 4 * ceil(blocks / 256) + 4 if double_quant else 4 * blocks
+    )  # + 4: their mean
 
 
 def _dequantized(largest: int, width: int, device: str) -> int:
@@ -273,7 +294,9 @@ def _widths(model: nn.Module) -> _Widths | None:
     attention, mlp = model.base_model.layers[0].self_attn, model.base_model.layers[0].mlp
     query, kv = attention.q_proj.out_features, attention.k_proj.out_features
     heads, kv_heads = query // attention.head_dim, kv // attention.head_dim
-    return _Widths(config.hidden_size, mlp.up_proj.out_features, query, kv, heads, kv_heads, hasattr(attention, "q_norm"))
+    return _Widths(
+        config.hidden_size, mlp.up_proj.out_features, query, kv, heads, kv_heads, hasattr(attention, "q_norm")
+    )
 
 
 def _kept(model: nn.Module, tokens: _Tokens, width: int, adapter_width: int, dora: bool) -> int:
@@ -288,11 +311,19 @@ def _kept(model: nn.Module, tokens: _Tokens, width: int, adapter_width: int, dor
         adapted = sum(isinstance(linear, LoRALinear) for linear in linears)
         if adapted and a > width:
             return a * adapted  # each casts it for itself
-        return width if adapted or any(getattr(linear.weight, "requires_grad", False) for linear in linears) else 0
+        return (
+            width
+            if adapted or any(getattr(linear.weight, "requires_grad", False) for linear in linears)
+            else 0
+        )
 
     # RMSNorm works in fp32: it keeps its input so (of the first norm, that is the layer's input unless it is cast), and 1/rms
     kept = n * (w.hidden * (2 * fp32 if width < 4 else fp32) + 8)
-    kept += n * w.hidden * (keeps(attention.q_proj, attention.k_proj, attention.v_proj) + keeps(mlp.gate_proj, mlp.up_proj))
+    kept += (
+        n
+        * w.hidden
+        * (keeps(attention.q_proj, attention.k_proj, attention.v_proj) + keeps(mlp.gate_proj, mlp.up_proj))
+    )
     if norms_train:
         kept += n * w.hidden * 2 * width
     if w.qk_norm:
@@ -300,10 +331,14 @@ def _kept(model: nn.Module, tokens: _Tokens, width: int, adapter_width: int, dor
     # attention: query, key, value, output, and the softmax's log-sum-exp
     kept += n * (2 * (w.query + w.kv) * width + 4 * w.heads)
     into_o = keeps(attention.o_proj)
-    kept += n * w.query * (into_o if tokens.packed or into_o != width else 0)  # unpacked, it is the attention's output itself
+    kept += (
+        n * w.query * (into_o if tokens.packed or into_o != width else 0)
+    )  # unpacked, it is the attention's output itself
     if tokens.packed and tokens.shared:  # each row's keys and values behind the shared ones, and its mask
         seen = [tokens.shared + length for length in tokens.lengths]
-        kept += width * (2 * w.kv * sum(seen) + sum(x * length for x, length in zip(seen, tokens.lengths, strict=True)))
+        kept += width * (
+            2 * w.kv * sum(seen) + sum(x * length for x, length in zip(seen, tokens.lengths, strict=True))
+        )
     if tokens.masked:  # keys and values repeated for each head, and the mask as numbers
         kept += width * (2 * (w.query - w.kv) * n + sum(length**2 for length in tokens.lengths))
     if dora:  # an adapted layer's norm, gain and output before the bias; some outputs are kept anyway, by what takes them
@@ -340,7 +375,9 @@ def _add_up(
     else:
         activations, recomputed = {SAVED: layers * (kept + (stream if width >= 4 else 0)) + stream}, 0
     # SwiGLU's backward: the gradients of its two factors. Where adapters are wider, gradients are there in both precisions.
-    passing = n * (2 * w.mlp * width + (w.hidden * (2 * adapter_width + width) if adapter_width > width else 0))
+    passing = n * (
+        2 * w.mlp * width + (w.hidden * (2 * adapter_width + width) if adapter_width > width else 0)
+    )
     # a block of down's weight is there before the gradients of both factors are
     before = n * w.mlp * width if adapter_width <= width else passing - 2 * n * w.mlp * width
     busy = max(passing, before + dequantized) if dequantized else passing
@@ -351,7 +388,11 @@ def _add_up(
         chunk = min(logit_rows, tokens.scored) * vocabulary
         scored = tokens.scored * w.hidden * width
         # frozen: the scored rows, their slopes, a chunk in fp32 and, for the product, in the head's own precision
-        logits = scored + chunk * 12 if head.requires_grad else 2 * scored + chunk * (4 if width >= 4 else 4 + width)
+        logits = (
+            scored + chunk * 12
+            if head.requires_grad
+            else 2 * scored + chunk * (4 if width >= 4 else 4 + width)
+        )
     # a head that trains gathers its gradient over all chunks; tied, until the embedding's own, as large again, comes
     table = head.numel() * width if head.requires_grad else 0
     gradients, earlier = held[GRADIENTS], held[GRADIENTS] if accumulates else 0
@@ -362,11 +403,19 @@ def _add_up(
         gradients + kept + stream + busy,  # the first layer's
         gradients + (table + bool(earlier) * table if head is embeddings else 0),  # the embedding's
     )
-    needs = {RECOMPUTED: recomputed, DEQUANTIZED: dequantized, PASSING: max(passing, table), LOGITS: logits, CONTEXT: context}
+    needs = {
+        RECOMPUTED: recomputed,
+        DEQUANTIZED: dequantized,
+        PASSING: max(passing, table),
+        LOGITS: logits,
+        CONTEXT: context,
+    }
     return {**held, **activations, **needs}, always + max(moments)
 
 
-def plan_step(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_steps: int = 1) -> MemoryPlan | None:
+def plan_step(
+    model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_steps: int = 1
+) -> MemoryPlan | None:
     """The plan of a model as it stands, for this batch computed in so many parts; None for a model that cannot be planned for.
 
     Args:
@@ -403,7 +452,9 @@ def plan_step(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_
     layers = "nf4" if quantized else _short(model.dtype)
     tokens_at_once = {"rows": len(tokens.lengths), "tokens": tokens.computed}
     return MemoryPlan(
-        terms, peak, {"method": method, "linear layers": layers, **tokens_at_once, "checkpointing": checkpointing}
+        terms,
+        peak,
+        {"method": method, "linear layers": layers, **tokens_at_once, "checkpointing": checkpointing},
     )
 
 
@@ -429,7 +480,9 @@ def _tokens(model: nn.Module, part: dict[str, Tensor]) -> _Tokens | None:
     return _Tokens(lengths, sum(int(answer.sum()) for answer in answers), packed, masked=not packed)
 
 
-def refuse_over_budget(model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_steps: int = 1) -> None:
+def refuse_over_budget(
+    model: nn.Module, batch: dict[str, Tensor], gradient_accumulation_steps: int = 1
+) -> None:
     """Raise if a step on this batch needs more than the model's device has left; where either is unknown, do nothing.
 
     Raises:
@@ -439,7 +492,9 @@ def refuse_over_budget(model: nn.Module, batch: dict[str, Tensor], gradient_accu
     room = budget(model.device) if plan else None
     if plan is None or room.available is None:
         return
-    here = sum(plan.terms[kind] for kind in (LINEAR, EMBEDDINGS, NORMS, ADAPTERS, MOMENTS))  # moments: of a resumed run
+    here = sum(
+        plan.terms[kind] for kind in (LINEAR, EMBEDDINGS, NORMS, ADAPTERS, MOMENTS)
+    )  # moments: of a resumed run
     to_come = plan.peak - plan.terms[CONTEXT] - min(here, held(model.device, anonymous=True))
     if to_come > room.available:
         raise MemoryError(
@@ -463,7 +518,9 @@ def cut(plan: MemoryPlan) -> str:
     adapted = plan.settings["method"] != "full"
     fewer = "compute fewer rows at once" if plan.settings["rows"] > 1 else "shorten the rows"
     how = {
-        LINEAR: 'load the model in 4 bits (quantize="nf4")' if adapted and plan.settings["linear layers"] != "nf4" else "",
+        LINEAR: 'load the model in 4 bits (quantize="nf4")'
+        if adapted and plan.settings["linear layers"] != "nf4"
+        else "",
         GRADIENTS: "use a smaller rank" if adapted else "train adapters instead (add_adapters)",
         MOMENTS: "use a smaller rank" if adapted else "train adapters instead (add_adapters)",
         SAVED: "turn checkpointing on (model.activation_checkpointing_enable())",

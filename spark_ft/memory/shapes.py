@@ -64,15 +64,19 @@ def known_config(name: str | os.PathLike) -> "PretrainedConfig":
     for known, shape in SHAPES.items():
         if known.lower() == wanted:
             return AutoConfig.for_model(**dict(zip(_FIELDS, shape, strict=True)))
-    raise ValueError(f'"{name}" is neither a folder with a config.json nor a model whose shape is known: {", ".join(SHAPES)}')
+    raise ValueError(
+        f'"{name}" is neither a folder with a config.json nor a model whose shape is known: {", ".join(SHAPES)}'
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a run's memory term by term, and whether it fits this machine and a DGX Spark."""
     import torch
 
-    from spark_ft.machine import DGX_SPARK, budget
-    from spark_ft.memory import LOGIT_ROWS, METHODS, TASKS, fits, plan_training
+    from spark_ft.adapters import METHODS
+    from spark_ft.memory import TASKS
+    from spark_ft.memory.machine import DGX_SPARK, budget
+    from spark_ft.memory.plan import LOGIT_ROWS, fits, plan_training
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     parser = argparse.ArgumentParser(
@@ -83,17 +87,28 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("model", help="a name below, its hub id, or a folder with a config.json")
     parser.add_argument("--method", choices=METHODS, default="lora", help="default lora")
-    parser.add_argument("--task", choices=TASKS, default="sft", help="default sft; a preference pair is two rows")
+    parser.add_argument(
+        "--task", choices=TASKS, default="sft", help="default sft; a preference pair is two rows"
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows or pairs at once (default 1)")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row (default 2048)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    parser.add_argument("--dtype", choices=dtypes, default="bf16", help="of weights that are not 4-bit (default bf16)")
     parser.add_argument(
-        "--adapter-dtype", choices=dtypes, default="fp32", help="of adapters, gradients, moments (default fp32)"
+        "--dtype", choices=dtypes, default="bf16", help="of weights that are not 4-bit (default bf16)"
     )
-    parser.add_argument("--accumulation", type=int, default=1, help="parts that a step is computed in (default 1)")
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=dtypes,
+        default="fp32",
+        help="of adapters, gradients, moments (default fp32)",
+    )
+    parser.add_argument(
+        "--accumulation", type=int, default=1, help="parts that a step is computed in (default 1)"
+    )
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for backward")
-    parser.add_argument("--whole-logits", action="store_true", help="all logits at once, as transformers' own loss")
+    parser.add_argument(
+        "--whole-logits", action="store_true", help="all logits at once, as transformers' own loss"
+    )
     options = parser.parse_args(arguments)
     try:
         config = known_config(options.model)

@@ -10,8 +10,12 @@ from spark_ft.methods.lora import LoRALinear, _dense
 from spark_ft.methods.nf4 import NF4Tensor
 
 ROWS = 2048  # of a weight at a time, so that no copy of a whole one is made
-CANCELS = 0.1  # where less than this share of ‖W‖² + ‖sBA‖² is left in ‖W + sBA‖², its three terms have lost digits
-TINY = 1e-30  # a gain of zero would forget the row's output, from which the magnitude's own gradient is computed
+CANCELS = (
+    0.1  # where less than this share of ‖W‖² + ‖sBA‖² is left in ‖W + sBA‖², its three terms have lost digits
+)
+TINY = (
+    1e-30  # a gain of zero would forget the row's output, from which the magnitude's own gradient is computed
+)
 
 _optimizer_steps = 0
 
@@ -21,7 +25,9 @@ def _count_step(*_) -> None:
     _optimizer_steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)  # of every optimizer: fused ones write parameters and leave `_version` alone
+register_optimizer_step_post_hook(
+    _count_step
+)  # of every optimizer: fused ones write parameters and leave `_version` alone
 
 
 class DoRALinear(LoRALinear):
@@ -41,7 +47,9 @@ class DoRALinear(LoRALinear):
         magnitude (out,): m; and those of `LoRALinear`.
     """
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, rslora: bool = False):
+    def __init__(
+        self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, rslora: bool = False
+    ):
         super().__init__(base, rank, alpha, dropout, rslora)
         self.forget_norm()
         self.magnitude = nn.Parameter(self.norm().clone())
@@ -51,7 +59,9 @@ class DoRALinear(LoRALinear):
         if not (self.dropout and self.training):
             return self._scaled(self._add_update(out.to(dropped.dtype), dropped), out.dtype)
         again = self.base(dropped.to(x.dtype)).to(dropped.dtype)
-        return out + (self._scaled(self._add_update(again.clone(), dropped), dropped.dtype) - again).to(out.dtype)
+        return out + (self._scaled(self._add_update(again.clone(), dropped), dropped.dtype) - again).to(
+            out.dtype
+        )
 
     def _scaled(self, z: Tensor, dtype: torch.dtype) -> Tensor:
         return _ScaleRows.apply(z, self.magnitude, self.norm(), self.bias, dtype)
@@ -164,6 +174,8 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx, grad):
         scaled, gain, norm = ctx.saved_tensors
         product = grad.to(gain.dtype) * scaled
-        grad_m = product.flatten(0, -2).sum(0) / gain / norm.clamp_min(TINY) if ctx.needs_input_grad[1] else None
+        grad_m = (
+            product.flatten(0, -2).sum(0) / gain / norm.clamp_min(TINY) if ctx.needs_input_grad[1] else None
+        )
         grad_z = torch.mul(grad, gain, out=product) if ctx.needs_input_grad[0] else None
         return grad_z, grad_m, None, None, None

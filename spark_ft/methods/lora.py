@@ -32,7 +32,9 @@ class LoRALinear(nn.Module):
         ValueError: rank is below 1 or larger than the matrix, or dropout is not in [0, 1).
     """
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, rslora: bool = False):
+    def __init__(
+        self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, rslora: bool = False
+    ):
         super().__init__()
         out_features, in_features = base.out_features, base.in_features
         if not 1 <= rank <= min(out_features, in_features):
@@ -41,12 +43,16 @@ class LoRALinear(nn.Module):
                 f"choose a rank from 1 to {min(out_features, in_features)}"
             )
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout} is not a probability below 1; choose one in [0, 1), such as 0.05")
+            raise ValueError(
+                f"dropout={dropout} is not a probability below 1; choose one in [0, 1), such as 0.05"
+            )
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.enabled, self.merged = True, False
-        self._quantized: tuple[NF4Linear, ...] = ()  # the base that a merge replaced; in a tuple, so that it is no submodule
+        self._quantized: tuple[
+            NF4Linear, ...
+        ] = ()  # the base that a merge replaced; in a tuple, so that it is no submodule
         # A bf16 step of 1e-4 would round away, so the update lives in at least fp32, as in PEFT.
         place = {"device": base.weight.device, "dtype": _at_least_fp32(base.weight.dtype)}
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **place))
@@ -73,7 +79,9 @@ class LoRALinear(nn.Module):
         if not self.merged:
             return self._adapted(x) if self.enabled else self.base(x)
         if self._quantized:
-            return self.base(x.to(self.base.weight.dtype)).to(x.dtype) if self.enabled else self._quantized[0](x)
+            return (
+                self.base(x.to(self.base.weight.dtype)).to(x.dtype) if self.enabled else self._quantized[0](x)
+            )
         # merged and disabled at once is rare: the update is taken out again
         return self.base(x) if self.enabled else F.linear(x, self._weights()[0].to(x.dtype), self.bias)
 
@@ -146,7 +154,9 @@ class _AddLowRank(torch.autograd.Function):
         ctx.save_for_backward(x, A, B)
         ctx.scaling = scaling
         low = _rows(x) @ A.T
-        if out.dtype == A.dtype and out.is_contiguous():  # else its rows would be a copy, and the update lost with it
+        if (
+            out.dtype == A.dtype and out.is_contiguous()
+        ):  # else its rows would be a copy, and the update lost with it
             ctx.mark_dirty(out)
             _rows(out).addmm_(low, B.T, alpha=scaling)
             return out
@@ -161,5 +171,7 @@ class _AddLowRank(torch.autograd.Function):
         needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
         grad_x = (grad_low @ A).view_as(x) if needs_x else None
         grad_A = grad_low.T @ x2 if needs_A else None
-        grad_B = ((x2 @ A.T).T @ grad2).mul_(ctx.scaling).T if needs_B else None  # this way round the product is faster
+        grad_B = (
+            ((x2 @ A.T).T @ grad2).mul_(ctx.scaling).T if needs_B else None
+        )  # this way round the product is faster
         return grad, grad_x, grad_A, grad_B, None

@@ -11,7 +11,9 @@ from spark_ft.methods.lora import LoRALinear
 
 
 def neftune_noise(
-    embeddings: Float[Tensor, "batch seq width"], alpha: float, lengths: Int[Tensor, " batch"] | Sequence[int] | None = None
+    embeddings: Float[Tensor, "batch seq width"],
+    alpha: float,
+    lengths: Int[Tensor, " batch"] | Sequence[int] | None = None,
 ) -> Float[Tensor, "batch seq width"]:
     """Embeddings with uniform noise whose expected norm is α/√3 whatever a text's length L and the model's width d.
 
@@ -34,7 +36,9 @@ def neftune_noise(
         return embeddings + torch.zeros_like(embeddings).uniform_(-bound, bound)
     lengths = torch.as_tensor(lengths, device=embeddings.device)
     if lengths.shape != (batch,) or (lengths > seq).any():
-        raise ValueError(f"lengths={lengths.tolist()} do not fit {batch} texts of at most {seq} tokens; give one for each")
+        raise ValueError(
+            f"lengths={lengths.tolist()} do not fit {batch} texts of at most {seq} tokens; give one for each"
+        )
     return _masked_noise(embeddings, alpha, torch.arange(seq, device=embeddings.device) < lengths[:, None])
 
 
@@ -64,7 +68,9 @@ def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Itera
         raise ValueError(f"alpha={alpha}; the noise's size must be at least 0, usually 5 to 15")
     embedding, backbone = model.get_input_embeddings(), getattr(model, "base_model", model)
     if getattr(embedding, "neftune_alpha", 0):
-        raise ValueError("NEFTune is on already for this model; leave the other block first, or the noise would count twice")
+        raise ValueError(
+            "NEFTune is on already for this model; leave the other block first, or the noise would count twice"
+        )
     call: dict = {}
 
     def remember(_, args, kwargs):
@@ -81,7 +87,10 @@ def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Itera
         return neftune_noise(embeddings, alpha)
 
     embedding.neftune_alpha = alpha
-    hooks = [backbone.register_forward_pre_hook(remember, with_kwargs=True), embedding.register_forward_hook(add_noise)]
+    hooks = [
+        backbone.register_forward_pre_hook(remember, with_kwargs=True),
+        embedding.register_forward_hook(add_noise),
+    ]
     try:
         yield model
     finally:

@@ -54,7 +54,9 @@ class NF4Tensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # seen as integers, fp32 scales move to another device and stay fp32 when a model is cast to bf16
-        return super()._apply(lambda t: fn(t.view(torch.int32)).view(t.dtype) if t.is_floating_point() else fn(t), recurse)
+        return super()._apply(
+            lambda t: fn(t.view(torch.int32)).view(t.dtype) if t.is_floating_point() else fn(t), recurse
+        )
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +129,9 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         ValueError: the block size is odd or not positive, or the weight is empty or holds nan or inf.
     """
     if block_size < 2 or block_size % 2:
-        raise ValueError(f"block_size={block_size}; two numbers share a byte, so choose an even size, such as 64")
+        raise ValueError(
+            f"block_size={block_size}; two numbers share a byte, so choose an even size, such as 64"
+        )
     if not weight.numel():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize")
     step = CHUNK // block_size * block_size
@@ -136,7 +140,9 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         blocks = F.pad(part.float(), (0, -len(part) % block_size)).view(-1, block_size)
         largest = blocks.abs().amax(1)
         if not largest.isfinite().all():
-            raise ValueError("the weight holds nan or inf, which no code stands for; look where it comes from")
+            raise ValueError(
+                "the weight holds nan or inf, which no code stands for; look where it comes from"
+            )
         codes = _nearest(blocks * (1 / largest)[:, None], NF4_CODE)
         two_a_byte.copy_((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1)[: len(two_a_byte)])
         absmax.append(largest)
@@ -146,7 +152,11 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     offset = absmax.mean()
     blocks = F.pad(absmax - offset, (0, -len(absmax) % SCALES)).view(-1, SCALES)
     scale_absmax = blocks.abs().amax(1)
-    scale_codes = _nearest(blocks * (1 / scale_absmax)[:, None], SCALE_CODE, of_zeros=-1.0).view(-1)[: len(absmax)].clone()
+    scale_codes = (
+        _nearest(blocks * (1 / scale_absmax)[:, None], SCALE_CODE, of_zeros=-1.0)
+        .view(-1)[: len(absmax)]
+        .clone()
+    )
     scales = {"scale_codes": scale_codes, "scale_absmax": scale_absmax, "offset": offset}
     return NF4Tensor(weight.shape, weight.dtype, block_size, packed=packed, **scales)
 
@@ -158,7 +168,9 @@ def _nearest(x: Tensor, code: Tensor, of_zeros: float = 0.0) -> Tensor:
     bitsandbytes'.
     """
     code = code.to(x.device)
-    return torch.bucketize(x.nan_to_num_(of_zeros), (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(x.nan_to_num_(of_zeros), (code[1:] + code[:-1]) / 2, out_int32=True).to(
+        torch.uint8
+    )
 
 
 class NF4Linear(nn.Module):
@@ -190,7 +202,9 @@ class NF4Linear(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 class _NF4Product(torch.autograd.Function):

@@ -45,7 +45,9 @@ def check(function: Callable[..., str]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*answer: Any, **options: Any) -> None:
-        __tracebackhide__ = True  # IPython leaves this frame out, so the learner sees the cell and the message
+        __tracebackhide__ = (
+            True  # IPython leaves this frame out, so the learner sees the cell and the message
+        )
         noise = io.StringIO()
         try:
             with _private_randomness(), _captured(noise):
@@ -104,7 +106,11 @@ def require(condition: Any, message: str) -> None:
 
 
 def require_close(
-    actual: Any, expected: Tensor, what: str, mistakes: Mapping[str, Tensor] | None = None, tolerance: float = 1e-5
+    actual: Any,
+    expected: Tensor,
+    what: str,
+    mistakes: Mapping[str, Tensor] | None = None,
+    tolerance: float = 1e-5,
 ) -> None:
     """Require |actual − expected| ≤ tolerance · max(1, max |expected|), and diagnose.
 
@@ -118,7 +124,9 @@ def require_close(
     Raises:
         CheckFailed: not a tensor, another shape, not finite, or too far away.
     """
-    require(isinstance(actual, Tensor), f"{what} is {type(actual).__name__}, not a tensor; is a return missing?")
+    require(
+        isinstance(actual, Tensor), f"{what} is {type(actual).__name__}, not a tensor; is a return missing?"
+    )
     require(
         actual.shape == expected.shape,
         f"{what} has shape {tuple(actual.shape)}, but should have {tuple(expected.shape)}",

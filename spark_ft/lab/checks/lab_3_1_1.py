@@ -24,7 +24,10 @@ def check_init_adapter(answer: Callable[[int, int, int], tuple[Tensor, Tensor]])
         A, B = pair
         shapes = f"A is {tuple(A.shape)} and B is {tuple(B.shape)} for in={width}, out={out}, rank={rank}"
         swapped = A.shape == (out, rank) and B.shape == (rank, width)
-        require(not swapped, f"{shapes}: A and B are swapped; A reads the input, (rank, in), B writes the output, (out, rank)")
+        require(
+            not swapped,
+            f"{shapes}: A and B are swapped; A reads the input, (rank, in), B writes the output, (out, rank)",
+        )
         require(
             A.shape == (rank, width) and B.shape == (out, rank),
             f"{shapes}, but should be ({rank}, {width}) and ({out}, {rank}); PyTorch keeps a weight as (out, in)",
@@ -38,7 +41,10 @@ def check_init_adapter(answer: Callable[[int, int, int], tuple[Tensor, Tensor]])
             not a_zero,
             "A is zero and B is random: A and B are swapped. That changes nothing either, but LoRA draws A and zeroes B",
         )
-        require(b_zero, "A and B are both random: B A is not zero, so the model changes before it has learned anything")
+        require(
+            b_zero,
+            "A and B are both random: B A is not zero, so the model changes before it has learned anything",
+        )
         spread = A.float().std().item() * math.sqrt(width)  # 0.58 for U(−1/√in, 1/√in), 1 for N(0, 1/in)
         require(
             0.3 < spread < 1.5,
@@ -46,7 +52,9 @@ def check_init_adapter(answer: Callable[[int, int, int], tuple[Tensor, Tensor]])
             "A x would not have the size of x; draw A from U(−1/√in, 1/√in)",
         )
         again = answer(width, out, rank)[0]
-        require(not torch.equal(A, again), "A is the same at every call: draw it at random, without a fixed seed")
+        require(
+            not torch.equal(A, again), "A is the same at every call: draw it at random, without a fixed seed"
+        )
     return "A is random, B is zero: the update starts at zero and can learn, for 3 shapes"
 
 
@@ -61,21 +69,27 @@ def check_lora_update(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor])
             mistakes = {
                 "scaled by alpha, not alpha / rank": alpha * low,
                 "not scaled: alpha / rank is missing": low,
-                "scaled by alpha / √rank: that is rsLoRA, a fine idea for later": alpha / math.sqrt(rank) * low,
+                "scaled by alpha / √rank: that is rsLoRA, a fine idea for later": alpha
+                / math.sqrt(rank)
+                * low,
                 "scaled by alpha / rank twice": (alpha / rank) ** 2 * low,
                 "scaled by rank / alpha: upside down": rank / alpha * low,
                 "divided by the width of x, not by the rank": alpha / width * low,
             }
             if width == out == rank:
                 mistakes |= {
-                    "x A B: the transposes are forgotten; a weight is (out, in), so x meets Aᵀ": alpha / rank * (x @ A @ B),
+                    "x A B: the transposes are forgotten; a weight is (out, in), so x meets Aᵀ": alpha
+                    / rank
+                    * (x @ A @ B),
                     "A and B are swapped: A comes first, x Aᵀ Bᵀ": alpha / rank * (x @ B.T @ A.T),
                     "B before A, and not transposed: x Aᵀ Bᵀ is meant": alpha / rank * (x @ B @ A),
                     "A is transposed, B is not: x Aᵀ Bᵀ is meant": alpha / rank * (x @ A.T @ B),
                     "B is transposed, A is not: x Aᵀ Bᵀ is meant": alpha / rank * (x @ A @ B.T),
                 }
             what = f"the update for in={width}, out={out}, rank={rank}"
-            require_close(_run(answer, what, x, A, B, alpha), alpha / rank * low, what, mistakes, tolerance=3e-5)
+            require_close(
+                _run(answer, what, x, A, B, alpha), alpha / rank * low, what, mistakes, tolerance=3e-5
+            )
     return "lora_update is alpha / rank · B A x, for 4 shapes and inputs of 1 to 3 dimensions"
 
 
@@ -94,7 +108,9 @@ def check_lora_parameters(answer: Callable[[Sequence[tuple[int, int]], int], int
         wrong = {
             "rank · in · out counts rank whole matrices": sum(rank * o * i for o, i in shapes),
             "that is the full matrices; LoRA trains A and B only": sum(o * i for o, i in shapes),
-            "rank × rank is not an adapter: A is (rank, in) and B is (out, rank)": sum(rank * rank for _ in shapes),
+            "rank × rank is not an adapter: A is (rank, in) and B is (out, rank)": sum(
+                rank * rank for _ in shapes
+            ),
             "2 · rank · in holds for square matrices only": sum(2 * rank * i for _, i in shapes),
             "2 · rank · out holds for square matrices only": sum(2 * rank * o for o, _ in shapes),
             "only A is counted": sum(rank * i for _, i in shapes),
@@ -128,7 +144,10 @@ def check_lora_linear(answer: type[nn.Module]) -> str:
             )
             with torch.no_grad():
                 layer.lora_B.normal_()
-            A, B = layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
+            A, B = (
+                layer.lora_A.detach().clone().requires_grad_(),
+                layer.lora_B.detach().clone().requires_grad_(),
+            )
             plain, low = x @ weight.T + shift, x @ (B @ A).T
             expected = plain + 6.0 / rank * low
             got = _run(layer, what, x)
@@ -145,11 +164,16 @@ def check_lora_linear(answer: type[nn.Module]) -> str:
                 },
                 tolerance=3e-5,
             )
-            require(got.requires_grad, "the output carries no gradient: no .detach(), .data or no_grad in forward")
+            require(
+                got.requires_grad, "the output carries no gradient: no .detach(), .data or no_grad in forward"
+            )
             slope = torch.randn(3, out)
             got.backward(slope)
             expected.backward(slope)
-            for name, mine, theirs in (("lora_A", layer.lora_A.grad, A.grad), ("lora_B", layer.lora_B.grad, B.grad)):
+            for name, mine, theirs in (
+                ("lora_A", layer.lora_A.grad, A.grad),
+                ("lora_B", layer.lora_B.grad, B.grad),
+            ):
                 require(mine is not None, f"{name} gets no gradient: no .detach() or .data on it in forward")
                 require_close(mine, theirs, f"{name}'s gradient ({what})", tolerance=1e-4)
     _check_dropout(answer)
@@ -173,11 +197,17 @@ def _check_parts(layer: nn.Module, width: int, out: int, rank: int) -> None:
         f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but should be ({rank}, {width}) and ({out}, {rank})",
     )
     require(A.any() or B.any(), "lora_A and lora_B are both zero: neither would ever get a gradient")
-    require(A.any(), "lora_A is zero and lora_B is random: they are swapped; A is drawn at random, B starts at zero")
+    require(
+        A.any(),
+        "lora_A is zero and lora_B is random: they are swapped; A is drawn at random, B starts at zero",
+    )
     require(not B.any(), "lora_B does not start at zero, so the new layer is not its base")
     trains = sorted(name for name, p in layer.named_parameters() if p.requires_grad)
     extra = [name for name in trains if name not in ("lora_A", "lora_B")]
-    require(not extra, f"{', '.join(extra)} still trains: freeze the base (weight and bias), that is the whole point")
+    require(
+        not extra,
+        f"{', '.join(extra)} still trains: freeze the base (weight and bias), that is the whole point",
+    )
 
 
 def _check_dropout(answer: type[nn.Module]) -> None:
@@ -203,13 +233,18 @@ def _check_dropout(answer: type[nn.Module]) -> None:
     )  # fmt: skip
     layer.train()
     share = (_run(layer, "training with dropout", x) - out).detach()
-    require(not torch.allclose(share, delta, atol=1e-5), "dropout=0.5 does nothing in training: apply it to the update's input")
+    require(
+        not torch.allclose(share, delta, atol=1e-5),
+        "dropout=0.5 does nothing in training: apply it to the update's input",
+    )
     zeros = share.abs() < 1e-6
     require(
         not (zeros.float().mean() > 0.25 and zeros.all(1).float().mean() > 0.25),
         "dropout falls between A and B; LoRA drops entries of x, before A",
     )
-    require(zeros.float().mean() < 0.25, "dropout falls on the update's output; LoRA drops entries of x, before A")
+    require(
+        zeros.float().mean() < 0.25, "dropout falls on the update's output; LoRA drops entries of x, before A"
+    )
     kept = ((share.mean(0) @ delta[0]) / (delta[0] @ delta[0])).item()
     spread = (share @ delta[0] / (delta[0] @ delta[0])).std().item() / math.sqrt(len(x))
     require(
@@ -225,7 +260,10 @@ class _Layer(nn.Module):
     def __init__(self, width: int, out: int, rank: int, alpha: float, bias: bool):
         super().__init__()
         self.base = nn.Linear(width, out, bias=bias).requires_grad_(False)
-        self.lora_A, self.lora_B = nn.Parameter(torch.randn(rank, width)), nn.Parameter(torch.randn(out, rank))
+        self.lora_A, self.lora_B = (
+            nn.Parameter(torch.randn(rank, width)),
+            nn.Parameter(torch.randn(out, rank)),
+        )
         self.scaling, self.merged = alpha / rank, False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +327,10 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
             },
             tolerance=3e-5,
         )
-        require(layer.merged is False, "after unmerge layer.merged should be False, or forward leaves the update out")
+        require(
+            layer.merged is False,
+            "after unmerge layer.merged should be False, or forward leaves the update out",
+        )
         _run(unmerge, "unmerge", layer)
         require_close(
             layer.base.weight,
@@ -306,8 +347,13 @@ def check_parity(answer: type[nn.Module], merge: Callable[[nn.Module], None]) ->
     """Yours against PEFT's own layer on the same weights."""
     differences = parity.lora_against_peft(answer, merge)
     for name, difference in differences.items():
-        require(difference < 1e-5, f"{name}: your layer and PEFT's differ by {difference:.2g} of the largest entry")
-    return "your layer equals PEFT's: " + ", ".join(f"{name} to {value:.0e}" for name, value in differences.items())
+        require(
+            difference < 1e-5,
+            f"{name}: your layer and PEFT's differ by {difference:.2g} of the largest entry",
+        )
+    return "your layer equals PEFT's: " + ", ".join(
+        f"{name} to {value:.0e}" for name, value in differences.items()
+    )
 
 
 def _run(answer: Callable, what: str, *arguments: object) -> object:

@@ -8,7 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spark_ft.lab import parity
 from spark_ft.lab.checks import check, require, require_close
-from spark_ft.lab.checks.lab_3_1_1 import SHAPES, _run  # a square shape first: there every axis has the right length
+from spark_ft.lab.checks.lab_3_1_1 import (  # a square shape first: there every axis has the right length
+    SHAPES,
+    _run,
+)
 
 WRONG_AXIS = "the norm runs over the wrong axis: a weight is (out, in), and each of its *rows* has a length, so sum over dim 1"
 
@@ -29,8 +32,14 @@ def check_decompose(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
         )
         m, V = pair
         what = f"the magnitude of a {out}×{width} weight"
-        require(m.shape != (out, 1), f"{what} has shape ({out}, 1); one number a row is enough: ({out},), no keepdim")
-        require(m.shape != () or out * width == 1, f"{what} is one number for the whole matrix; each row has its own: dim=1")
+        require(
+            m.shape != (out, 1),
+            f"{what} has shape ({out}, 1); one number a row is enough: ({out},), no keepdim",
+        )
+        require(
+            m.shape != () or out * width == 1,
+            f"{what} is one number for the whole matrix; each row has its own: dim=1",
+        )
         require(m.shape != (width,) or width == out, f"{what} has shape ({width},): {WRONG_AXIS}")
         row = _norm(W)
         require_close(
@@ -40,7 +49,9 @@ def check_decompose(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
             {
                 WRONG_AXIS: _norm(W.T),
                 "the square root is missing": row**2,
-                "that is the sum of absolute values; a length is the root of the sum of squares": W.abs().sum(1),
+                "that is the sum of absolute values; a length is the root of the sum of squares": W.abs().sum(
+                    1
+                ),
                 "that is the mean square's root: sum the squares, don't average them": row / width**0.5,
                 "that is the length of the whole matrix, in every row": torch.full((out,), W.norm().item()),
             },
@@ -51,7 +62,8 @@ def check_decompose(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
             f"the direction of a {out}×{width} weight",
             {
                 "it is W itself: divide each row by its length": W,
-                "its columns are divided, not its rows: the lengths need a second axis, m[:, None]": W / _norm(W.T),
+                "its columns are divided, not its rows: the lengths need a second axis, m[:, None]": W
+                / _norm(W.T),
                 "the rows are divided by their length twice": W / row[:, None] ** 2,
                 "the rows are multiplied by their lengths, not divided": W * row[:, None],
             },
@@ -84,7 +96,9 @@ def check_row_norm(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor]) ->
         what = f"the row norm for in={width}, out={out}, rank={rank}"
         mistakes = {
             "the square root is missing": _norm(W + s * BA) ** 2,
-            "the middle term counts twice: (a + b)² = a² + 2ab + b²": (plain + s * cross + s * s * note).sqrt(),
+            "the middle term counts twice: (a + b)² = a² + 2ab + b²": (
+                plain + s * cross + s * s * note
+            ).sqrt(),
             "the middle term is missing: (a + b)² is not a² + b²": (plain + s * s * note).sqrt(),
             "scaling is not squared in the last term": (plain + 2 * s * cross + s * note).clamp(0).sqrt(),
             "scaling is missing in the middle term": (plain + 2 * cross + s * s * note).clamp(0).sqrt(),
@@ -128,7 +142,10 @@ def check_dora_linear(answer: type[nn.Module]) -> str:
             if width == out:
                 at_start[WRONG_AXIS] = _norm(W) / _norm(W.T) * (x @ W.T) + shift
             require_close(
-                _run(layer, what, x), x @ W.T + shift, f"a new layer's output ({what}), which should be its base's", at_start
+                _run(layer, what, x),
+                x @ W.T + shift,
+                f"a new layer's output ({what}), which should be its base's",
+                at_start,
             )
             with torch.no_grad():
                 layer.lora_B.normal_(std=width**-0.5)
@@ -150,24 +167,37 @@ def _check_parts(layer: nn.Module, width: int, out: int, rank: int, W: Tensor) -
         A.shape == (rank, width) and B.shape == (out, rank),
         f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but should be ({rank}, {width}) and ({out}, {rank})",
     )
-    require(A.any() and not B.any(), "A is drawn at random and B starts at zero, as in LoRA; here it is not so")
+    require(
+        A.any() and not B.any(), "A is drawn at random and B starts at zero, as in LoRA; here it is not so"
+    )
     require(m.shape != (width,) or width == out, f"the magnitude has shape ({width},): {WRONG_AXIS}")
-    require(m.any(), "the magnitude starts at zero: ‖BA‖ is zero as long as B is. It starts as the row lengths of W")
+    require(
+        m.any(),
+        "the magnitude starts at zero: ‖BA‖ is zero as long as B is. It starts as the row lengths of W",
+    )
     require_close(
         m,
         _norm(W),
         "the magnitude at the start",
         {
             WRONG_AXIS: _norm(W.T),
-            "it starts at one; a new layer is its base only if it starts as the row lengths of W": torch.ones(out),
+            "it starts at one; a new layer is its base only if it starts as the row lengths of W": torch.ones(
+                out
+            ),
             "that is ‖A‖, not ‖W‖": _norm(A.detach()) if len(A) == out else W,
         },
     )
-    extra = [n for n, p in layer.named_parameters() if p.requires_grad and n not in ("lora_A", "lora_B", "magnitude")]
+    extra = [
+        n
+        for n, p in layer.named_parameters()
+        if p.requires_grad and n not in ("lora_A", "lora_B", "magnitude")
+    ]
     require(not extra, f"{', '.join(extra)} still trains: freeze the base, weight and bias")
 
 
-def _check_output_and_gradients(layer: nn.Module, W: Tensor, shift: Tensor, s: float, x: Tensor, what: str) -> None:
+def _check_output_and_gradients(
+    layer: nn.Module, W: Tensor, shift: Tensor, s: float, x: Tensor, what: str
+) -> None:
     out, width = W.shape
     leaves = [p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude, x)]
     A, B, m, x_oracle = leaves
@@ -180,8 +210,11 @@ def _check_output_and_gradients(layer: nn.Module, W: Tensor, shift: Tensor, s: f
     with torch.no_grad():
         low, plain, n = s * x @ (B @ A).T, x @ W.T, _norm(W + s * B @ A)
         mistakes = {
-            "the norm is that of W alone; it follows the note: ‖W + sBA‖": m / _norm(W) * (plain + low) + shift,
-            "the bias is scaled too: the magnitude belongs to the weight's rows": m / n * (plain + low + shift),
+            "the norm is that of W alone; it follows the note: ‖W + sBA‖": m / _norm(W) * (plain + low)
+            + shift,
+            "the bias is scaled too: the magnitude belongs to the weight's rows": m
+            / n
+            * (plain + low + shift),
             "the magnitude has no effect: that is LoRA": plain + low + shift,
             "the bias is lost": m / n * (plain + low),
             "scaling is missing in the norm": m / _norm(W + B @ A) * (plain + low) + shift,
@@ -198,13 +231,17 @@ def _check_output_and_gradients(layer: nn.Module, W: Tensor, shift: Tensor, s: f
     got = _run(layer, what, x_mine)
     expected = oracle(still=True)
     require_close(got, expected, f"the output of a trained layer ({what})", mistakes, tolerance=5e-5)
-    require(got.requires_grad, "the output carries no gradient: no .detach(), .data or no_grad around the forward")
+    require(
+        got.requires_grad, "the output carries no gradient: no .detach(), .data or no_grad around the forward"
+    )
     slope = torch.randn(got.shape)
     got.backward(slope)
     right = torch.autograd.grad(expected, leaves, slope)
     moving = torch.autograd.grad(oracle(still=False), leaves, slope)
     mine = (layer.lora_A.grad, layer.lora_B.grad, layer.magnitude.grad, x_mine.grad)
-    for name, gradient, oracles, other in zip(("lora_A", "lora_B", "magnitude", "x"), mine, right, moving, strict=True):
+    for name, gradient, oracles, other in zip(
+        ("lora_A", "lora_B", "magnitude", "x"), mine, right, moving, strict=True
+    ):
         require(gradient is not None, f"{name} gets no gradient: no .detach() or .data on it in forward")
         unlike = {} if torch.allclose(oracles, other) else {
             "the norm is not detached. Then the output is the same, and each row's gradient loses its part along the row; "
@@ -360,7 +397,9 @@ def check_movement(answer: Callable[[Tensor, Tensor], tuple[float, float]]) -> s
 
 
 @check
-def check_parity(answer: type[nn.Module], merged_weight: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> str:
+def check_parity(
+    answer: type[nn.Module], merged_weight: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+) -> str:
     """Yours against PEFT's own DoRA layer on the same weights."""
 
     def merged(layer: nn.Module) -> Tensor:
@@ -368,5 +407,10 @@ def check_parity(answer: type[nn.Module], merged_weight: Callable[[Tensor, Tenso
 
     differences = parity.dora_against_peft(answer, merged)
     for name, difference in differences.items():
-        require(difference < 1e-5, f"{name}: your layer and PEFT's differ by {difference:.2g} of the largest entry")
-    return "your layer equals PEFT's: " + ", ".join(f"{name} to {value:.0e}" for name, value in differences.items())
+        require(
+            difference < 1e-5,
+            f"{name}: your layer and PEFT's differ by {difference:.2g} of the largest entry",
+        )
+    return "your layer equals PEFT's: " + ", ".join(
+        f"{name} to {value:.0e}" for name, value in differences.items()
+    )

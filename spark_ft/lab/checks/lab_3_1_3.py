@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, adapted_layers, adapters_disabled, add_adapters
-from spark_ft.data import sequence_logps
 from spark_ft.lab import parity
 from spark_ft.lab.checks import check, require, require_close
+from spark_ft.scoring import sequence_logps
 
-SHAPES = ((6, 25, 64), (2, 60, 24), (3, 9, 200), (1, 1, 4000))  # batch, seq, width; 1,000 numbers or more in a row
+SHAPES = (
+    (6, 25, 64),
+    (2, 60, 24),
+    (3, 9, 200),
+    (1, 1, 4000),
+)  # batch, seq, width; 1,000 numbers or more in a row
 
 
 def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *arguments: Any) -> Tensor:
@@ -22,7 +27,10 @@ def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *argume
     given, state = embeddings.clone(), torch.get_rng_state()
     out = answer(given, *arguments)
     require(isinstance(out, Tensor), f"{what} gave {type(out).__name__}, not a tensor; is a return missing?")
-    require(out.shape == embeddings.shape, f"{what} gave shape {tuple(out.shape)}, but should give {tuple(embeddings.shape)}")
+    require(
+        out.shape == embeddings.shape,
+        f"{what} gave shape {tuple(out.shape)}, but should give {tuple(embeddings.shape)}",
+    )
     require(
         torch.equal(given, embeddings),
         f"{what} changed the embeddings in place; return a new tensor, embeddings + noise: others hold the old one",
@@ -56,7 +64,10 @@ def _require_uniform(noise: Tensor, bound: float, what: str, wrong_bounds: dict[
         f"{what}: that looks Gaussian, it reaches {reach / spread:.1f} times its standard deviation; NEFTune's noise is "
         "uniform, and none of it exceeds the bound",
     )
-    require(reach > 1.3 * spread, f"{what}: every number is the bound or minus the bound; draw from all between the two")
+    require(
+        reach > 1.3 * spread,
+        f"{what}: every number is the bound or minus the bound; draw from all between the two",
+    )
     for message, wrong in wrong_bounds.items():
         require(not _fits(reach, wrong) or _fits(reach, bound), f"{what}: {message}")
     require(
@@ -66,7 +77,9 @@ def _require_uniform(noise: Tensor, bound: float, what: str, wrong_bounds: dict[
 
 
 def _fits(reach: float, bound: float) -> bool:
-    return 0.98 * bound < reach < bound * (1 + 1e-4)  # the largest of a thousand draws is within 2% of the bound
+    return (
+        0.98 * bound < reach < bound * (1 + 1e-4)
+    )  # the largest of a thousand draws is within 2% of the bound
 
 
 def _require_different(parts: Tensor, what: str, mistake: str) -> None:
@@ -104,11 +117,14 @@ def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
             bound,
             what,
             {
-                "√d is missing: a wider model would get more noise; the bound is α/√(L·d)": alpha / math.sqrt(seq),
-                "√L is missing: a longer text would get more noise in all; the bound is α/√(L·d)": alpha / math.sqrt(width),
+                "√d is missing: a wider model would get more noise; the bound is α/√(L·d)": alpha
+                / math.sqrt(seq),
+                "√L is missing: a longer text would get more noise in all; the bound is α/√(L·d)": alpha
+                / math.sqrt(width),
                 "it is not scaled: alpha itself is the bound": alpha,
                 "the square root is missing: it is scaled by α/(L·d)": alpha / (seq * width),
-                "the batch's size is in it, √(B·L·d): L and d are those of one text": alpha / math.sqrt(batch * seq * width),
+                "the batch's size is in it, √(B·L·d): L and d are those of one text": alpha
+                / math.sqrt(batch * seq * width),
                 "it is √(L + d), not √(L·d)": alpha / math.sqrt(seq + width),
                 "alpha is missing": 1 / math.sqrt(seq * width),
                 "alpha is inside the root": math.sqrt(alpha / (seq * width)),
@@ -117,23 +133,39 @@ def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
             },
         )
     zeros = _noise(answer, torch.zeros(2, 30, 40), "the noise on embeddings of zero", 5.0)
-    require(zeros.any(), "there is no noise on embeddings of zero: it is multiplied with the embeddings; it should be added")
+    require(
+        zeros.any(),
+        "there is no noise on embeddings of zero: it is multiplied with the embeddings; it should be added",
+    )
     first, second = (_noise(answer, embeddings, what, alpha) for _ in range(2))
-    require(not torch.equal(first, second), "two calls gave the same noise: draw it anew each time, without a fixed seed")
+    require(
+        not torch.equal(first, second),
+        "two calls gave the same noise: draw it anew each time, without a fixed seed",
+    )
     _noise(answer, torch.randn(2, 30, 40).bfloat16(), "the noise on bf16 embeddings", 5.0)
     _require_silent_zero(answer, embeddings)
     leaf = torch.randn(2, 7, 16, requires_grad=True)
     out = answer(leaf, 5.0)
-    require(out.requires_grad, "the noisy embeddings carry no gradient: no .detach(), .data or no_grad on the way")
+    require(
+        out.requires_grad, "the noisy embeddings carry no gradient: no .detach(), .data or no_grad on the way"
+    )
     out.sum().backward()
-    require_close(leaf.grad, torch.ones_like(leaf), "the gradient of the embeddings, which added noise should leave alone")
+    require_close(
+        leaf.grad,
+        torch.ones_like(leaf),
+        "the gradient of the embeddings, which added noise should leave alone",
+    )
     return "uniform in ±α/√(L·d), fresh at every call, the embeddings untouched, for 4 shapes; alpha=0 draws nothing"
 
 
 @check
 def check_true_length_noise(answer: Callable[[Tensor, float, Tensor], Tensor]) -> str:
     """Uniform in ±α/√(length·d) on each text's own tokens, zero on padding."""
-    cases: Sequence[tuple[list[int], int, float]] = (([60, 20, 31], 64, 5.0), ([8, 40], 300, 8.0), ([1, 2, 3], 2000, 15.0))
+    cases: Sequence[tuple[list[int], int, float]] = (
+        ([60, 20, 31], 64, 5.0),
+        ([8, 40], 300, 8.0),
+        ([1, 2, 3], 2000, 15.0),
+    )
     for lengths, width, alpha in cases:
         seq, what = max(lengths) + 3, f"the noise for lengths {lengths}, width {width}, alpha={alpha:g}"
         embeddings = torch.randn(len(lengths), seq, width)
@@ -145,11 +177,18 @@ def check_true_length_noise(answer: Callable[[Tensor, float, Tensor], Tensor]) -
             row, text = noise[i], f"{what}, text {i + 1}"
             require(row.any(), f"{text}: there is no noise; what came out is what went in")
             if row[length:].any():
-                require(out[i, length:].any(), f"{text}: the padding's embeddings were erased, not left alone")
+                require(
+                    out[i, length:].any(), f"{text}: the padding's embeddings were erased, not left alone"
+                )
                 require(row[length + 1 :].any(), f"{text}: the first padded position has noise; a text of {length} tokens ends "
                         f"at index {length - 1}")  # fmt: skip
-                require(False, f"{text}: padding has noise; the noise belongs on the first {length} tokens alone")
-            require(length == 1 or row[length - 1].any(), f"{text}: its last token stays clean; the mask is one too short")
+                require(
+                    False, f"{text}: padding has noise; the noise belongs on the first {length} tokens alone"
+                )
+            require(
+                length == 1 or row[length - 1].any(),
+                f"{text}: its last token stays clean; the mask is one too short",
+            )
             bounds = {
                 "its bound is that of the padded length; each text has its own": seq,
                 "its bound is that of the longest text": max(lengths),
@@ -189,7 +228,10 @@ class _Model(nn.Module):
     def noise(self, ids: Tensor) -> Tensor:
         """What the embedding layer gave beyond its weight's rows, at one pass."""
         self(ids)
-        require(isinstance(self.words, Tensor), f"inside the block the embedding layer gives {type(self.words).__name__}")
+        require(
+            isinstance(self.words, Tensor),
+            f"inside the block the embedding layer gives {type(self.words).__name__}",
+        )
         return self.words.detach() - F.embedding(ids, self.embed.weight.detach())
 
 
@@ -209,7 +251,9 @@ def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextMa
     require(not model.noise(ids).any(), "there is noise before the block begins")
     with manager:
         given = []
-        watch = model.embed.register_forward_hook(lambda _, ids, out: given.append((out, out.detach().clone())), prepend=True)
+        watch = model.embed.register_forward_hook(
+            lambda _, ids, out: given.append((out, out.detach().clone())), prepend=True
+        )
         noise = model.noise(ids)
         watch.remove()
         require(noise.any(), "no noise in training with gradients on: register the hook on model.get_input_embeddings(), and "
@@ -222,14 +266,20 @@ def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextMa
                 "that get_input_embeddings() gives should")  # fmt: skip
         require(_fits(noise.abs().max().item(), bound), f"the noise reaches {noise.abs().max():.3g}, but its bound should be "
                 f"α/√(L·d) = {bound:.3g}; let neftune_noise draw it")  # fmt: skip
-        require(not torch.equal(model.noise(ids), noise), "two passes got the same noise: draw it anew in the hook")
+        require(
+            not torch.equal(model.noise(ids), noise),
+            "two passes got the same noise: draw it anew in the hook",
+        )
         model(ids).sum().backward()
         require(
             model.embed.weight.grad is not None and model.embed.weight.grad.any(),
             "the embedding gets no gradient: no .detach() or no_grad around what the layer gave",
         )
         model.eval()
-        require(not model.noise(ids).any(), "there is noise in eval mode: ask the embedding layer whether it is `.training`")
+        require(
+            not model.noise(ids).any(),
+            "there is noise in eval mode: ask the embedding layer whether it is `.training`",
+        )
         model.train()
         with torch.no_grad():
             quiet = not model.noise(ids).any()
@@ -246,7 +296,9 @@ def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextMa
     _require_clean(model, ids, "after the block")
     with answer(model.eval(), alpha):
         require(not model.training, "the block switched the model to training; leave its mode alone")
-        require(not model.noise(ids).any(), "there is noise in a model that was in eval mode when the block began")
+        require(
+            not model.noise(ids).any(), "there is noise in a model that was in eval mode when the block began"
+        )
     require(not model.training, "after the block the model's mode is another than before it")
     model.train()
     seen = None
@@ -255,19 +307,28 @@ def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextMa
             raise KeyError("an error inside the block")
     except KeyError as error:
         seen = error
-    require(seen is not None, "an error inside the block was swallowed: use try … finally, without except and without return")
+    require(
+        seen is not None,
+        "an error inside the block was swallowed: use try … finally, without except and without return",
+    )
     _require_clean(model, ids, "after an error inside the block", ": remove it in a `finally`")
     state = torch.get_rng_state()
     with answer(model, 0.0):
         require(not model.noise(ids).any(), "there is noise at alpha=0")
-    require(torch.equal(torch.get_rng_state(), state), "alpha=0 draws random numbers, so the run would not be the baseline")
+    require(
+        torch.equal(torch.get_rng_state(), state),
+        "alpha=0 draws random numbers, so the run would not be the baseline",
+    )
     require(torch.equal(model.embed.weight, weight), "the embedding's weight was changed")
     return "noise in training alone, with gradients on; hook gone after the block and after an error; weight untouched"
 
 
 def _require_clean(model: _Model, ids: Tensor, when: str, mend: str = "") -> None:
     require(not model.noise(ids).any(), f"{when} there is still noise: the hook was left on{mend}")
-    require(not model.embed._forward_hooks and not model.embed._forward_pre_hooks, f"{when} a hook is left on{mend}")
+    require(
+        not model.embed._forward_hooks and not model.embed._forward_pre_hooks,
+        f"{when} a hook is left on{mend}",
+    )
 
 
 @check
@@ -277,7 +338,9 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tenso
     from transformers.integrations.neftune import activate_neftune
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, initializer_range=0.2, **shape)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=60, num_key_value_heads=2, initializer_range=0.2, **shape)
+    ).eval()
     add_adapters(model, AdapterConfig(rank=2))
     layers = adapted_layers(model).values()
     for layer in layers:
@@ -296,7 +359,10 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tenso
         mode = "training" if training else "eval"
         kept = batch["input_ids"].clone()
         got = answer(model, batch)
-        require(isinstance(got, Tensor), f"reference_logps gave {type(got).__name__}, not a tensor; is a return missing?")
+        require(
+            isinstance(got, Tensor),
+            f"reference_logps gave {type(got).__name__}, not a tensor; is a return missing?",
+        )
         require(not got.requires_grad, "the reference carries a gradient: compute it under torch.no_grad()")
         if training and got.shape == clean.shape and not torch.equal(got, clean):
             require(torch.equal(answer(model, batch), got), "two calls differ: the noise reaches the reference. transformers' "
@@ -311,7 +377,10 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tenso
     model.train()
     require(torch.is_grad_enabled(), "gradients stayed off; use `with torch.no_grad():`")
     first, second = (model(ids).logits.detach() for _ in range(2))
-    require(not torch.equal(first, second), "the noise is gone from training too: the hook has to stay for the policy's pass")
+    require(
+        not torch.equal(first, second),
+        "the noise is gone from training too: the hook has to stay for the policy's pass",
+    )
     try:
         answer(model, {**batch, "input_ids": ids + 1000})  # no such token: the pass raises
     except IndexError:
@@ -328,6 +397,12 @@ def check_parity(
     """Yours against transformers' own hook, from the same state of the generator."""
     differences = parity.neftune_against_transformers(noise, manager)
     for name, difference in differences.items():
-        require(difference < 1e-5, f"{name}: yours and transformers' differ by {difference:.2g} of the largest entry")
-    said = (f"{name} " + ("bit for bit" if value == 0 else f"to {value:.0e}") for name, value in differences.items())
+        require(
+            difference < 1e-5,
+            f"{name}: yours and transformers' differ by {difference:.2g} of the largest entry",
+        )
+    said = (
+        f"{name} " + ("bit for bit" if value == 0 else f"to {value:.0e}")
+        for name, value in differences.items()
+    )
     return "yours equals transformers' hook: " + ", ".join(said)

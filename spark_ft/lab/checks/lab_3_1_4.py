@@ -18,14 +18,23 @@ def check_label_mask(answer) -> str:
         labels = list(labels)
         where = f"for the prompt {prompt} and the completion {completion}"
         n, m = len(prompt), len(completion)
-        require(len(labels) == n + m, f"{len(labels)} labels {where}; there must be one for each of the {n + m} tokens")
+        require(
+            len(labels) == n + m,
+            f"{len(labels)} labels {where}; there must be one for each of the {n + m} tokens",
+        )
         require(labels != prompt + completion, f"the prompt is trained on {where}: its labels must be −100")
         require(
             labels[n:] != [-100 if token == stop else token for token in completion],
             f"the stop token is masked out {where}: the model would never learn to end. Mask by place, not by token id",
         )
-        require(labels[n - 1 : -1] != completion, f"the labels are shifted by one {where}: the model shifts them itself")
-        require(labels == [-100] * n + completion, f"the labels are {labels} {where}; expected {[-100] * n + completion}")
+        require(
+            labels[n - 1 : -1] != completion,
+            f"the labels are shifted by one {where}: the model shifts them itself",
+        )
+        require(
+            labels == [-100] * n + completion,
+            f"the labels are {labels} {where}; expected {[-100] * n + completion}",
+        )
     return "label_mask trains the completion, stop token and all, and nothing of the prompt"
 
 
@@ -57,7 +66,7 @@ def check_completion_loss(answer) -> str:
 @check
 def check_loss_parity(answer, model, batch) -> str:
     """completion_loss on a real model's logits, beside spark_ft's loss and transformers' own."""
-    from spark_ft.training import sft_loss
+    from spark_ft.scoring import sft_loss
 
     for row in range(2):
         length = int(batch["attention_mask"][row].sum())
@@ -84,8 +93,11 @@ def check_accumulated_loss(answer) -> str:
                 "a mean of means: a short micro-batch's tokens weigh more than a long one's": torch.stack(
                     [part.mean() for part in parts]
                 ).mean(),
-                "a sum of means: it grows with the number of micro-batches": torch.stack([part.mean() for part in parts]).sum(),
-                "the sum was divided by the number of micro-batches, not of tokens": torch.cat(parts).sum() / len(parts),
+                "a sum of means: it grows with the number of micro-batches": torch.stack(
+                    [part.mean() for part in parts]
+                ).sum(),
+                "the sum was divided by the number of micro-batches, not of tokens": torch.cat(parts).sum()
+                / len(parts),
             },
         )
     return "accumulated_loss is what one big batch would give, however the tokens are cut"
@@ -105,7 +117,10 @@ def check_learning_rate(answer) -> str:
         require(None not in got, "learning_rate returned None; is a return missing?")
         got = [float(rate) for rate in got]
         setting = f"for steps={steps}, peak={peak}, warmup={warmup}"
-        require(got[0] != 0, f"the first step's rate is 0 {setting}: that step is computed for nothing; count from step + 1")
+        require(
+            got[0] != 0,
+            f"the first step's rate is 0 {setting}: that step is computed for nothing; count from step + 1",
+        )
         require(
             warmup == 1 or not math.isclose(got[0], peak),
             f"there is no warm-up {setting}: the first step already has the peak rate",
@@ -121,6 +136,10 @@ def check_learning_rate(answer) -> str:
             require(
                 math.isclose(rate, right, rel_tol=1e-6, abs_tol=1e-12),
                 f"step {step} {setting} has the rate {rate:g}, not {right:g}"
-                + ("; that is a straight line, not half a cosine" if math.isclose(rate, line, rel_tol=1e-6) else ""),
+                + (
+                    "; that is a straight line, not half a cosine"
+                    if math.isclose(rate, line, rel_tol=1e-6)
+                    else ""
+                ),
             )
     return "learning_rate warms up in a straight line and falls along half a cosine"

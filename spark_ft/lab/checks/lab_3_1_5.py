@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spark_ft.adapters import LINEAR
 from spark_ft.lab import parity
 from spark_ft.lab.checks import CheckFailed, check, require, require_close
-from spark_ft.memory import ADAPTERS, CHECKPOINTS, EMBEDDINGS, GRADIENTS, LINEAR, MOMENTS, plan_training
+from spark_ft.memory.plan import ADAPTERS, CHECKPOINTS, EMBEDDINGS, GRADIENTS, MOMENTS
+from spark_ft.memory.plan import plan_training
+from spark_ft.memory.shapes import SHAPES, known_config
 from spark_ft.methods.nf4 import NF4_CODE
-from spark_ft.shapes import SHAPES, known_config
 
 # the first two neither symmetric nor evenly spaced: a level computed by a formula would be another one
 CODES = (NF4_CODE, torch.tensor([-1.0, -0.3, 0.0, 0.1, 0.55, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
@@ -34,7 +36,10 @@ def check_quantize(answer: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]
                 codes.shape == blocks.shape,
                 f"the codes {what} have shape {tuple(codes.shape)}, but should be a row for each block, {tuple(blocks.shape)}",
             )
-            require(int(codes.max()) < len(code), f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}")
+            require(
+                int(codes.max()) < len(code),
+                f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}",
+            )
             _check_nearest(codes, weight, blocks, code, what)
     return "each number gets its nearest level, each block its own scale, for 3 codes and 4 shapes"
 
@@ -51,7 +56,9 @@ def _check_absmax(absmax: Tensor, weight: Tensor, blocks: Tensor, what: str) -> 
     largest = blocks.abs().amax(1)
     mistakes = {
         "one scale for the whole weight: each block has its own": weight.abs().max().expand(len(blocks)),
-        "the largest number, not the largest magnitude: a block of negative numbers has a large one too": blocks.amax(1),
+        "the largest number, not the largest magnitude: a block of negative numbers has a large one too": blocks.amax(
+            1
+        ),
         "the mean magnitude; numbers beyond it would be cut off": blocks.abs().mean(1),
         "the standard deviation; numbers beyond it would be cut off": blocks.std(1),
         "from smallest to largest: the code runs from −1 to 1, so a block is divided by its largest magnitude": (
@@ -62,7 +69,9 @@ def _check_absmax(absmax: Tensor, weight: Tensor, blocks: Tensor, what: str) -> 
         columns = weight.T.reshape(-1, blocks.shape[1]).abs().amax(1)
         mistakes["the blocks run down the columns; they are consecutive numbers of a row"] = columns
     if absmax.dim() == 2 and absmax.shape[1] == 1:
-        raise CheckFailed(f"absmax {what} has shape {tuple(absmax.shape)}: one number a block is enough, ({len(blocks)},)")
+        raise CheckFailed(
+            f"absmax {what} has shape {tuple(absmax.shape)}: one number a block is enough, ({len(blocks)},)"
+        )
     require_close(absmax, largest, f"absmax {what}", mistakes)
 
 
@@ -87,7 +96,10 @@ def _check_nearest(codes: Tensor, weight: Tensor, blocks: Tensor, code: Tensor, 
     }  # fmt: skip
     for message, wrong in mistakes.items():
         # a tie or two may fall the other way
-        require((codes.long() != wrong.clamp(0, len(code) - 1)).float().mean() > 0.02, f"the codes {what}: {message}")
+        require(
+            (codes.long() != wrong.clamp(0, len(code) - 1)).float().mean() > 0.02,
+            f"the codes {what}: {message}",
+        )
     share = (off > gaps.amin(-1) + 1e-6).float().mean().item()
     raise CheckFailed(f"{share:.0%} of the codes {what} are not the nearest level's")
 
@@ -100,7 +112,10 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
         high, low = codes[::2].int(), codes[1::2].int()
         packed = _run(pack, "pack", codes.clone())
         what = f"packing {count} codes"
-        require(isinstance(packed, Tensor), f"{what} gives {type(packed).__name__}, not a tensor; is a return missing?")
+        require(
+            isinstance(packed, Tensor),
+            f"{what} gives {type(packed).__name__}, not a tensor; is a return missing?",
+        )
         require(packed.dtype == torch.uint8, f"{what} gives {packed.dtype}: a byte is torch.uint8")
         require(
             packed.shape == (count // 2,),
@@ -124,8 +139,14 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
         )
         back = _run(unpack, "unpack", (high * 16 + low).to(torch.uint8))
         what = f"unpacking {count // 2} bytes"
-        require(isinstance(back, Tensor), f"{what} gives {type(back).__name__}, not a tensor; is a return missing?")
-        require(back.numel() == count, f"{what} gives {back.numel()} numbers, but each byte holds two codes: {count}")
+        require(
+            isinstance(back, Tensor),
+            f"{what} gives {type(back).__name__}, not a tensor; is a return missing?",
+        )
+        require(
+            back.numel() == count,
+            f"{what} gives {back.numel()} numbers, but each byte holds two codes: {count}",
+        )
         require(back.shape == (count,), f"{what} gives shape {tuple(back.shape)}; flatten it to ({count},)")
         require(back.dtype == torch.uint8, f"{what} gives {back.dtype}; codes are torch.uint8")
         _same(
@@ -133,13 +154,21 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
             codes.int(),
             what,
             {
-                "the low half comes first; the high one was packed first": torch.stack([low, high], 1).flatten(),
-                "all high halves, then all low ones; each byte's two codes belong side by side": torch.cat([high, low]),
-                "all low halves, then all high ones; each byte's two codes belong side by side": torch.cat([low, high]),
+                "the low half comes first; the high one was packed first": torch.stack(
+                    [low, high], 1
+                ).flatten(),
+                "all high halves, then all low ones; each byte's two codes belong side by side": torch.cat(
+                    [high, low]
+                ),
+                "all low halves, then all high ones; each byte's two codes belong side by side": torch.cat(
+                    [low, high]
+                ),
                 "the low half still carries the high one: keep its 4 bits with `& 15` (or `% 16`)": (
                     torch.stack([high, high * 16 + low], 1).flatten()
                 ),
-                "the high half was masked and not shifted: `>> 4` (or `// 16`)": torch.stack([high * 16, low], 1).flatten(),
+                "the high half was masked and not shifted: `>> 4` (or `// 16`)": torch.stack(
+                    [high * 16, low], 1
+                ).flatten(),
             },
         )
     return "two codes a byte, the first in the high half, and back again, for 3 lengths"
@@ -175,10 +204,14 @@ def check_dequantize(answer: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]],
                 "all blocks have the first one's scale": levels * absmax[0],
             }  # fmt: skip
             if blocks == size:
-                mistakes["the scales ran across the columns: absmax[:, None], one for each row of codes"] = levels * absmax
+                mistakes["the scales ran across the columns: absmax[:, None], one for each row of codes"] = (
+                    levels * absmax
+                )
                 mistakes["transposed"] = right.T
             got = _run(answer, what, codes, absmax, code, tuple(shape))
-            require_close(got, right.reshape(shape), what, {m: wrong.reshape(shape) for m, wrong in mistakes.items()})
+            require_close(
+                got, right.reshape(shape), what, {m: wrong.reshape(shape) for m, wrong in mistakes.items()}
+            )
     return "each code's level times its block's scale, for 3 codes and 3 shapes"
 
 
@@ -194,8 +227,11 @@ def check_bits(answer: Callable[[int, int | None], float]) -> str:
         if group:
             wrong |= {
                 "the scales are in 8 bits now, not 32": 4 + one,
-                "the second level is forgotten: each group of scales has an fp32 scale of its own": 4 + 8 / block,
-                "the fp32 scale is one for a whole group of blocks, block_size · group numbers": 4 + 8 / block + 32 / group,
+                "the second level is forgotten: each group of scales has an fp32 scale of its own": 4
+                + 8 / block,
+                "the fp32 scale is one for a whole group of blocks, block_size · group numbers": 4
+                + 8 / block
+                + 32 / group,
                 "both levels are counted in 32 bits; the first one is in 8": 4 + one + 32 / (block * group),
                 "the second-level scales are fp32, 32 bits, not 8": 4 + 8 / block + 8 / (block * group),
                 "scales of 8 bits and of 32 bits for every block": 4 + 8 / block + one,
@@ -227,7 +263,9 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
         kv = kv_heads * head
         shape = {"hidden": hidden, "mlp": mlp, "kv": kv, "layers": layers, "vocabulary": vocabulary}
         what = f"for {name}, rank {rank}, {length} tokens"
-        terms = plan_training(known_config(name), "qlora", length=length, rank=rank, adapter_dtype=torch.bfloat16).terms
+        terms = plan_training(
+            known_config(name), "qlora", length=length, rank=rank, adapter_dtype=torch.bfloat16
+        ).terms
         right = {
             "linear layers": terms[LINEAR],
             "embeddings and head": terms[EMBEDDINGS],
@@ -240,7 +278,10 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
         require(got.keys() == right.keys(), f"{keys}; it has {', '.join(map(str, got))}")
         bits = 4 + 8 / 64 + 32 / (64 * 256)
         attention, feed_forward = 2 * hidden * (hidden + kv), 3 * hidden * mlp
-        linear, ins_and_outs = attention + feed_forward, 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp)
+        linear, ins_and_outs = (
+            attention + feed_forward,
+            2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp),
+        )
         stream = length * hidden * 2
         wrong = {
             "linear layers": {
@@ -251,7 +292,10 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
                 "key and value are smaller: (kv, hidden), since several heads share them": (
                     layers * (4 * hidden * hidden + feed_forward) * bits / 8
                 ),
-                "an MLP has three matrices: gate, up and down": layers * (attention + 2 * hidden * mlp) * bits / 8,
+                "an MLP has three matrices: gate, up and down": layers
+                * (attention + 2 * hidden * mlp)
+                * bits
+                / 8,
                 "attention has four matrices, and here only its query and output are counted": (
                     layers * (2 * hidden * hidden + feed_forward) * bits / 8
                 ),
@@ -272,7 +316,10 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
                 "fp32; here all four are in bf16, 2 bytes each": layers * rank * ins_and_outs * 16,
                 "a note is A (rank, in) and B (out, rank), not rank × rank": layers * 7 * rank * rank * 8,
                 "that is one layer": rank * ins_and_outs * 8,
-                "key and value are smaller: (kv, hidden)": layers * rank * (8 * hidden + 3 * (hidden + mlp)) * 8,
+                "key and value are smaller: (kv, hidden)": layers
+                * rank
+                * (8 * hidden + 3 * (hidden + mlp))
+                * 8,
                 "an MLP has three matrices": layers * rank * (ins_and_outs - hidden - mlp) * 8,
             },
             "checkpoints": {
@@ -287,12 +334,16 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
         for term, value in right.items():
             given = got[term]
             require(
-                isinstance(given, int | float), f'"{term}" {what} is {type(given).__name__}, but should be a number of bytes'
+                isinstance(given, int | float),
+                f'"{term}" {what} is {type(given).__name__}, but should be a number of bytes',
             )
             if abs(given - value) <= 1e-4 * value:
                 continue
             for message, mistake in wrong[term].items():
-                require(abs(given - mistake) > 1e-4 * mistake, f'"{term}" {what} is {given / 1e9:.3f} GB: {message}')
+                require(
+                    abs(given - mistake) > 1e-4 * mistake,
+                    f'"{term}" {what} is {given / 1e9:.3f} GB: {message}',
+                )
             raise CheckFailed(f'"{term}" {what} is {given / 1e9:.3f} GB, but should be {value / 1e9:.3f}')
     return "linear layers, embeddings and head, notes, checkpoints: as the plan counts them on 3 real shapes"
 

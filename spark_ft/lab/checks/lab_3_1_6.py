@@ -65,7 +65,9 @@ def check_sharegpt(to_messages: Callable[[Row], Row], to_sharegpt: Callable[[Row
     for row in _sharegpt_rows():
         expected = {
             **{key: value for key, value in row.items() if key != "conversations"},
-            "messages": [{"role": NAMES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]],
+            "messages": [
+                {"role": NAMES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
+            ],
         }
         there = _converted("to_messages", to_messages, row)
         _same_chat("to_messages", there, expected, "messages", "role", "content", "conversations")
@@ -79,16 +81,26 @@ def _converted(name: str, convert: Callable[[Row], Row], row: Row) -> Row:
     try:
         result = convert(row)
     except KeyError as error:
-        has = "a chat may begin with a system turn" if "system" in str(error) else f"the row has {', '.join(row)}"
+        has = (
+            "a chat may begin with a system turn"
+            if "system" in str(error)
+            else f"the row has {', '.join(row)}"
+        )
         raise CheckFailed(f"{name} has no entry for {error}: {has}") from error
     _returned(result, dict, name, "a row (a dict) goes in and a row comes out")
-    require(row == before, f"{name} changed the row it was given: make new dicts, somebody may still need the old one")
+    require(
+        row == before,
+        f"{name} changed the row it was given: make new dicts, somebody may still need the old one",
+    )
     return result
 
 
 def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: str, old: str) -> None:
     require(field in got, f'{name}: there is no "{field}" in {sorted(got)}')
-    require(old not in got, f'{name}: "{old}" is still there beside "{field}"; two copies of a text will differ one day')
+    require(
+        old not in got,
+        f'{name}: "{old}" is still there beside "{field}"; two copies of a text will differ one day',
+    )
     lost = sorted(key for key in expected if key not in got)
     require(not lost, f"{name}: {', '.join(lost)} is lost; fields that you don't know stay as they are")
     turns, wanted = got[field], expected[field]
@@ -100,9 +112,14 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
     speakers, right = [turn[who] for turn in turns], [turn[who] for turn in wanted]
     called = list(NAMES.values() if who == "role" else NAMES)
     foreign = [speaker for speaker in speakers if speaker not in called]
-    require(not foreign, f'{name}: "{who}" is {foreign[:1]}; here the speakers are called {", ".join(called)}')
+    require(
+        not foreign, f'{name}: "{who}" is {foreign[:1]}; here the speakers are called {", ".join(called)}'
+    )
     dropped_system = right[0] == "system" and speakers == right[1:]
-    require(not dropped_system, f"{name}: the system turn is dropped; it is what the model was told before all else")
+    require(
+        not dropped_system,
+        f"{name}: the system turn is dropped; it is what the model was told before all else",
+    )
     require(len(turns) == len(wanted), f"{name}: {len(wanted)} turns went in and {len(turns)} came out")
     require(speakers == right or speakers != right[::-1], f"{name}: the turns are in reverse order")
     require(
@@ -117,11 +134,16 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
             f"{name}: {text!r} lost the white space at its ends; in code it means something",
         )
         require(said == text, f"{name}: {text!r} became {said!r}; a conversion never touches the text")
-    require(got == expected, f"{name} gave {json.dumps(got, ensure_ascii=False)[:300]}, but not all of it was in the row")
+    require(
+        got == expected,
+        f"{name} gave {json.dumps(got, ensure_ascii=False)[:300]}, but not all of it was in the row",
+    )
 
 
 def _keys(turns: list[Any]) -> str:
-    return next((str(sorted(t)) if isinstance(t, dict) else type(t).__name__ for t in turns), "nothing at all")
+    return next(
+        (str(sorted(t)) if isinstance(t, dict) else type(t).__name__ for t in turns), "nothing at all"
+    )
 
 
 # ── exercise 2 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,12 +186,16 @@ def _moved(before: int, after: int) -> Callable[[list[int], list[bool]], list[bo
 
 MASK_MISTAKES: dict[str, Callable[[list[int], list[bool]], list[bool]]] = {
     "nothing is marked": lambda ids, right: [False] * len(ids),
-    "everything is marked: the model would learn to write the questions too": lambda ids, right: [True] * len(ids),
+    "everything is marked: the model would learn to write the questions too": lambda ids, right: (
+        [True] * len(ids)
+    ),
     "marked the wrong way round: the answers are left out": lambda ids, right: [not mark for mark in right],
     "the end mark is not marked: the model would never learn to stop": _keep(lambda token: token != END),
     "only the last answer is marked": lambda ids, right: _only(_spans(right)[-1:], len(ids)),
     "only the first answer is marked": lambda ids, right: _only(_spans(right)[:1], len(ids)),
-    "the head of the answer is marked too; it is written by the template, and never by the model": _moved(len(HEAD), 0),
+    "the head of the answer is marked too; it is written by the template, and never by the model": _moved(
+        len(HEAD), 0
+    ),
     "the newline after the end mark is marked too; generation has stopped before it": _moved(0, 1),
     "an answer begins after the whole head, and not one token later": _moved(-1, 0),
     "the end marks of all turns are marked: those of the questions too": lambda ids, right: [
@@ -186,9 +212,15 @@ MASK_MISTAKES: dict[str, Callable[[list[int], list[bool]], list[bool]]] = {
         False,
     ],
     "marked one place too late": lambda ids, right: [False, *right[:-1]],
-    "the word “assistant” inside a text opens no answer: the whole head must match": lambda ids, right: _scan(ids, HEAD[1:]),
-    "one token of the head was taken for the whole: all of it must match": lambda ids, right: _scan(ids, HEAD[1:2]),
-    "every turn's first token opens an answer: the whole head must match": lambda ids, right: _scan(ids, HEAD[:1]),
+    "the word “assistant” inside a text opens no answer: the whole head must match": lambda ids, right: _scan(
+        ids, HEAD[1:]
+    ),
+    "one token of the head was taken for the whole: all of it must match": lambda ids, right: _scan(
+        ids, HEAD[1:2]
+    ),
+    "every turn's first token opens an answer: the whole head must match": lambda ids, right: _scan(
+        ids, HEAD[:1]
+    ),
 }
 
 
@@ -196,7 +228,9 @@ MASK_MISTAKES: dict[str, Callable[[list[int], list[bool]], list[bool]]] = {
 def check_answer_mask(answer: Callable[[list[int], list[int], int], list[bool]]) -> str:
     """answer_mask(ids, head, end): every answer's tokens and its end mark, in chats of every length."""
     rng = _draw()
-    chats = [_conversation(rng, answers, waiting) for answers in (1, 2, 3, 4) * 3 for waiting in (False, True)]
+    chats = [
+        _conversation(rng, answers, waiting) for answers in (1, 2, 3, 4) * 3 for waiting in (False, True)
+    ]
     found = []
     for ids, _ in chats:
         got = answer(list(ids), list(HEAD), END)
@@ -210,7 +244,10 @@ def check_answer_mask(answer: Callable[[list[int], list[int], int], list[bool]])
             raise CheckFailed(message)
     for marks, (ids, right) in zip(found, chats, strict=True):
         place = next((i for i, pair in enumerate(zip(marks, right, strict=True)) if pair[0] != pair[1]), None)
-        require(place is None, f"with head {HEAD} and end {END}, place {place} of {ids} is marked wrongly; right is {right}")
+        require(
+            place is None,
+            f"with head {HEAD} and end {END}, place {place} of {ids} is marked wrongly; right is {right}",
+        )
     return "every answer and its end mark, and nothing else"
 
 
@@ -224,22 +261,33 @@ def _only(spans: list[tuple[int, int]], length: int) -> list[bool]:
 
 
 @check
-def check_mask_parity(answer: Callable[[list[int], list[int], int], list[bool]], tokenizer, chats: list[Row]) -> str:
+def check_mask_parity(
+    answer: Callable[[list[int], list[int], int], list[bool]], tokenizer, chats: list[Row]
+) -> str:
     """Yours, spark_ft's and TRL's marks on real chats."""
-    from spark_ft.data import all_answers
+    from spark_ft.data.chat import all_answers
     from spark_ft.lab.parity import trl_marks
 
-    head, (end,) = (tokenizer(text, add_special_tokens=False).input_ids for text in ("<|im_start|>assistant\n", "<|im_end|>"))
+    head, (end,) = (
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in ("<|im_start|>assistant\n", "<|im_end|>")
+    )
     learned = 0
-    for number, (chat, (ids, theirs)) in enumerate(zip(chats, trl_marks(chats, tokenizer, assistant_only=True), strict=True)):
+    for number, (chat, (ids, theirs)) in enumerate(
+        zip(chats, trl_marks(chats, tokenizer, assistant_only=True), strict=True)
+    ):
         yours = [bool(mark) for mark in answer(list(ids), list(head), end)]
         ours = all_answers(chat, tokenizer)[1]
-        ours += [False] * (len(ids) - len(ours))  # TRL keeps the newline after the last end mark, spark_ft cuts it off
+        ours += [False] * (
+            len(ids) - len(ours)
+        )  # TRL keeps the newline after the last end mark, spark_ft cuts it off
         require(ours == theirs, f"chat {number}: spark_ft's marks and TRL's differ")
         differ = [i for i, marks in enumerate(zip(yours, theirs, strict=True)) if marks[0] != marks[1]]
         require(not differ, f"chat {number}: your marks and TRL's differ at token {differ[:1]}")
         learned += sum(theirs)
-    return f"yours, spark_ft's and TRL's marks are the same on {len(chats)} chats: {learned:,} tokens to learn"
+    return (
+        f"yours, spark_ft's and TRL's marks are the same on {len(chats)} chats: {learned:,} tokens to learn"
+    )
 
 
 # ── exercise 3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -283,16 +331,24 @@ SHARE_MISTAKES: dict[str, Callable[[str, str], float]] = {
         lambda x, y: min(len(x), len(y))
     ),
     "divided by the larger set; divide by the union": _over(lambda x, y: max(len(x), len(y))),
-    "divided by the first text's pieces; divide by the union, so that the order does not matter": _over(lambda x, y: len(x)),
-    "divided by the second text's pieces; divide by the union, so that the order does not matter": _over(lambda x, y: len(y)),
-    "that is Dice's coefficient, 2|A ∩ B| / (|A| + |B|); divide by the union": _over(lambda x, y: (len(x) + len(y)) / 2),
+    "divided by the first text's pieces; divide by the union, so that the order does not matter": _over(
+        lambda x, y: len(x)
+    ),
+    "divided by the second text's pieces; divide by the union, so that the order does not matter": _over(
+        lambda x, y: len(y)
+    ),
+    "that is Dice's coefficient, 2|A ∩ B| / (|A| + |B|); divide by the union": _over(
+        lambda x, y: (len(x) + len(y)) / 2
+    ),
     "divided by |A| + |B|, which counts twice what both share": _over(lambda x, y: len(x) + len(y)),
     "repeated trigrams are counted each time; a set holds each once": _counted,
     "that is the distance, 1 − the share": lambda a, b: 1 - _of()(a, b),
     "those are single words; the order must count: take three in a row": _of(size=1),
     "those are pairs of words; take three in a row": _of(size=2),
     "those are trigrams of characters; take words": lambda a, b: _jaccard(_characters(a), _characters(b)),
-    "every third trigram only: the windows must overlap": lambda a, b: _jaccard(_pieces(a)[::3], _pieces(b)[::3]),
+    "every third trigram only: the windows must overlap": lambda a, b: _jaccard(
+        _pieces(a)[::3], _pieces(b)[::3]
+    ),
     "a number from 0 to 100; return the share": lambda a, b: 100 * _of()(a, b),
     "the number of shared trigrams; divide it by that of all": _over(lambda x, y: 1),
 }
@@ -306,7 +362,13 @@ def _texts(rng: random.Random) -> list[tuple[str, str]]:
         return " ".join(rng.choice([word, word.title()]) for word in rng.choices(words, k=count))
 
     same = text(9)
-    pairs = [(same, same), (text(4), "nothing of the kind"), ("Soup?", "soup"), ("leek soup", "leek"), ("Soup", "ham and eggs")]
+    pairs = [
+        (same, same),
+        (text(4), "nothing of the kind"),
+        ("Soup?", "soup"),
+        ("leek soup", "leek"),
+        ("Soup", "ham and eggs"),
+    ]
     for i in range(16):  # of four pairs the first text is the longer one in one, and the second in another
         whole = text(rng.randint(6, 14))
         edited = [rng.choice([word.lower(), word.upper()]) for word in whole.split(" ")]
@@ -332,14 +394,23 @@ def check_shared_trigrams(answer: Callable[[str, str], float]) -> str:
         found.append(float(got))
 
     def explained(share: Callable[[str, str], float]) -> bool:
-        return all(math.isclose(got, share(*pair), abs_tol=1e-9) for got, pair in zip(found, pairs, strict=True))
+        return all(
+            math.isclose(got, share(*pair), abs_tol=1e-9) for got, pair in zip(found, pairs, strict=True)
+        )
 
     for message, mistake in SHARE_MISTAKES.items():
         require(not explained(mistake), message)
     for got, (a, b) in zip(found, pairs, strict=True):
         right = _of()(a, b)
-        short = "; fewer than three words count as one piece" if min(len(_pieces(a)[0]), len(_pieces(b)[0])) < 3 else ""
-        require(math.isclose(got, right, abs_tol=1e-9), f"{got:.3g} for {a!r} and {b!r}, but should be {right:.3g}{short}")
+        short = (
+            "; fewer than three words count as one piece"
+            if min(len(_pieces(a)[0]), len(_pieces(b)[0])) < 3
+            else ""
+        )
+        require(
+            math.isclose(got, right, abs_tol=1e-9),
+            f"{got:.3g} for {a!r} and {b!r}, but should be {right:.3g}{short}",
+        )
     return f"|A ∩ B| / |A ∪ B| of word trigrams, on {len(pairs)} pairs of texts"
 
 
@@ -369,7 +440,11 @@ def _lengthy_pairs(rng: random.Random, longer: int, shorter: int, equal: int) ->
         many = (" " + rng.choice("aeiou")) * max(a, b)
         chosen, rejected = rng.choice([(few, many), (many, few)])
         pairs.append(
-            {"prompt": f"question {rng.randrange(10**9)}", "chosen": "c" + chosen[: a - 1], "rejected": "r" + rejected[: b - 1]}
+            {
+                "prompt": f"question {rng.randrange(10**9)}",
+                "chosen": "c" + chosen[: a - 1],
+                "rejected": "r" + rejected[: b - 1],
+            }
         )
     rng.shuffle(pairs)
     return pairs
@@ -381,7 +456,9 @@ def check_balance(answer: Callable[[list[Row]], list[Row]]) -> str:
     rng = _draw()
     for longer, shorter, equal in ((6, 3, 1), (2, 7, 0), (4, 4, 2), (5, 0, 2), (0, 0, 3), (9, 5, 1)):
         pairs = _lengthy_pairs(rng, longer, shorter, equal)
-        what = f"of {longer} pairs with the longer answer chosen, {shorter} with the shorter and {equal} equal"
+        what = (
+            f"of {longer} pairs with the longer answer chosen, {shorter} with the shorter and {equal} equal"
+        )
         given, before = list(pairs), copy.deepcopy(pairs)
         kept = answer(given)
         _returned(kept, (list, tuple), "balance", "it must be a list of pairs")
@@ -397,7 +474,9 @@ def check_balance(answer: Callable[[list[Row]], list[Row]]) -> str:
 def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
     for pair in kept:
         known = pair in pairs
-        swapped = not known and any(pair.get("chosen") == p["rejected"] and pair.get("rejected") == p["chosen"] for p in pairs)
+        swapped = not known and any(
+            pair.get("chosen") == p["rejected"] and pair.get("rejected") == p["chosen"] for p in pairs
+        )
         require(not swapped, "chosen and rejected are swapped: that would teach the worse answer")
         require(known, "a pair came out that did not go in: a pair is taken or left, never changed")
     require(len({pair["prompt"] for pair in kept}) == len(kept), "a pair is kept twice")
@@ -409,21 +488,35 @@ def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
         equal == sum(_gap(pair) == 0 for pair in pairs),
         f"{what}, {equal} equal ones are kept: pairs of equal length give nothing away and all stay",
     )
-    by_words = {sign: sum(sign * (len(p["chosen"].split()) - len(p["rejected"].split())) > 0 for p in kept) for sign in (1, -1)}
+    by_words = {
+        sign: sum(sign * (len(p["chosen"].split()) - len(p["rejected"].split())) > 0 for p in kept)
+        for sign in (1, -1)
+    }
     measured = "; measure characters with len(text), not words" if by_words[1] == by_words[-1] else ""
     if count[1] != count[-1]:
         message = f"{what}, {count[1]} and {count[-1]} are kept: there must be as many of the one as of the other{measured}"
         require(len(kept) < len(pairs), f"{what}, all are kept: nothing was balanced")
         raise CheckFailed(message)
     fewer = min(every.values())
-    require(count[1] == fewer, f"{what}, {count[1]} of each are kept, but {fewer} could be: throw away no more than you must")
+    require(
+        count[1] == fewer,
+        f"{what}, {count[1]} of each are kept, but {fewer} could be: throw away no more than you must",
+    )
     ids = {pair["prompt"] for pair in right}
     if {pair["prompt"] for pair in kept} != ids:
         farthest = sorted(pairs, key=lambda pair: -abs(_gap(pair)))
-        unequal = {p["prompt"] for sign in (1, -1) for p in [p for p in farthest if sign * _gap(p) > 0][:fewer]}
+        unequal = {
+            p["prompt"] for sign in (1, -1) for p in [p for p in farthest if sign * _gap(p) > 0][:fewer]
+        }
         worst = unequal | {p["prompt"] for p in pairs if _gap(p) == 0} == {pair["prompt"] for pair in kept}
-        hint = "those with the largest difference are kept" if worst else "some with a larger difference are kept"
-        raise CheckFailed(f"{what}, {hint}, and others with a smaller one are not; keep the most equal{measured}")
+        hint = (
+            "those with the largest difference are kept"
+            if worst
+            else "some with a larger difference are kept"
+        )
+        raise CheckFailed(
+            f"{what}, {hint}, and others with a smaller one are not; keep the most equal{measured}"
+        )
 
 
 # ── exercise 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -456,16 +549,25 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         ids = [row["id"] for row in rows]
         what = f"{len(rows)} rows of {groups} cores, a share of {share:g}"
         train, test = _split(answer, rows, share, 0)
-        require([row["id"] for row in rows] == ids, "the list that was given in is in another order now; shuffle a copy")
+        require(
+            [row["id"] for row in rows] == ids,
+            "the list that was given in is in another order now; shuffle a copy",
+        )
         in_train, in_test = ({row["id"] for row in side} for side in (train, test))
         require(not in_train & in_test, f"{what}: row {min(in_train & in_test, default=0)} is on both sides")
-        require(len(train) == len(in_train) and len(test) == len(in_test), f"{what}: a row comes twice on the same side")
+        require(
+            len(train) == len(in_train) and len(test) == len(in_test),
+            f"{what}: a row comes twice on the same side",
+        )
         lost = set(ids) - in_train - in_test
         require(not lost, f"{what}: {len(lost)} rows are on neither side")
         size = len(rows) * share
         largest = max(Counter(str(row["core"]) for row in rows).values())
         swapped = size <= len(train) < size + largest
-        require(not swapped or size <= len(test) < size + largest, f"{what}: train and test are swapped; return (train, test)")
+        require(
+            not swapped or size <= len(test) < size + largest,
+            f"{what}: train and test are swapped; return (train, test)",
+        )
         both = {str(row["core"]) for row in train} & {str(row["core"]) for row in test}
         require(
             not both,
@@ -504,7 +606,10 @@ def _split(answer: Callable, rows: list[Row], share: float, seed: int) -> tuple[
     _returned(got, (tuple, list), "split_by_core", "return (train, test)")
     require(len(got) == 2, f"split_by_core returned {len(got)} things; return (train, test)")
     require(
-        all(isinstance(side, list) and all(isinstance(row, dict) and "id" in row for row in side) for side in got),
+        all(
+            isinstance(side, list) and all(isinstance(row, dict) and "id" in row for row in side)
+            for side in got
+        ),
         "train and test must each be a list of the rows themselves",
     )
     return got[0], got[1]

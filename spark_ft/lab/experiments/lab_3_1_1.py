@@ -7,10 +7,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.data import IGNORE, collate_sft, packed_row, read_records, sft_batches
-from spark_ft.lab.experiments import experiment
-from spark_ft.models import EMBEDDED, ROOT, load_model
-from spark_ft.training import History, TrainConfig, sft_loss, train
+from spark_ft.data.batches import collate_sft, sft_batches
+from spark_ft.data.chat import IGNORE
+from spark_ft.data.records import read_records
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
+from spark_ft.lab.experiments.runner import experiment
+from spark_ft.models import load_model
+from spark_ft.scoring import packed_row, sft_loss
+from spark_ft.training import History, TrainConfig, train
 
 TRAIN, HELD_OUT = "data/kitchen_tickets/train.jsonl", "data/kitchen_tickets/validation.jsonl"
 SETTINGS = {
@@ -39,9 +44,13 @@ def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: i
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
         if row := packed_row(model, batch):  # all rows in one, their common beginning computed once
             places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
-            hidden = model.base_model(row.ids, **places, use_cache=False).last_hidden_state[0][row.places[predicts]]
+            hidden = model.base_model(row.ids, **places, use_cache=False).last_hidden_state[0][
+                row.places[predicts]
+            ]
         else:
-            hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[predicts]
+            hidden = model.base_model(
+                batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).last_hidden_state[predicts]
         logits = model.get_output_embeddings()(hidden).float()
         target = batch["labels"].roll(-1, 1)[predicts]
         loss += F.cross_entropy(logits, target, reduction="sum").item()
@@ -61,7 +70,9 @@ def tune(rank: int, seed: int, steps: int = SETTINGS["steps"]) -> tuple[nn.Modul
     torch.manual_seed(seed)
     add_adapters(model, AdapterConfig(rank=rank, alpha=SETTINGS["alpha / rank"] * rank))
     batches = sft_batches(read_records(ROOT / TRAIN, "sft"), tokenizer, SETTINGS["batch_size"], seed)
-    config = TrainConfig(steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False)
+    config = TrainConfig(
+        steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False
+    )
     return model, train(model, batches, sft_loss, config)
 
 
@@ -74,5 +85,7 @@ def lora_rank(seed: int) -> dict:
     for rank in SETTINGS["ranks"]:
         model, history = tune(rank, seed)
         figures[str(rank)] = {"losses": history.losses, **held_out(model, tokenizer, rows)}
-        print(f"rank {rank}, seed {seed}: held-out loss {figures[str(rank)]['held-out loss']:.3f}", flush=True)
+        print(
+            f"rank {rank}, seed {seed}: held-out loss {figures[str(rank)]['held-out loss']:.3f}", flush=True
+        )
     return figures

@@ -7,14 +7,18 @@ import torch
 from torch import nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.data import read_records, sft_batches
+from spark_ft.data.batches import sft_batches
+from spark_ft.data.judge import is_metric
+from spark_ft.data.records import read_records
+from spark_ft.embedded import EMBEDDED
 from spark_ft.evaluation import generate
-from spark_ft.judge import is_metric
-from spark_ft.lab.experiments import experiment
-from spark_ft.lab.studies.lab_3_1_1 import held_out
+from spark_ft.files import ROOT
+from spark_ft.lab.experiments.lab_3_1_1 import held_out
+from spark_ft.lab.experiments.runner import experiment
 from spark_ft.methods.neftune import neftune
-from spark_ft.models import EMBEDDED, ROOT, load_model
-from spark_ft.training import History, TrainConfig, cosine, sft_loss, train
+from spark_ft.models import load_model
+from spark_ft.scoring import sft_loss
+from spark_ft.training import History, TrainConfig, cosine, train
 
 TICKETS = ("data/kitchen_tickets/train.jsonl", "data/kitchen_tickets/validation.jsonl")
 ANSWERS = ("data/kitchen_preferences/train.jsonl", "data/kitchen_preferences/test.jsonl")
@@ -50,14 +54,21 @@ def tickets(seed: int) -> tuple[list[dict], list[dict]]:
 def answers(seed: int) -> tuple[list[dict], list[dict]]:
     """The same of cooking questions with their metric answers; no held-out question is about what a learned one is about."""
     rows, held = (
-        [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in read_records(ROOT / path, "preference")]
+        [
+            {"prompt": pair["prompt"], "completion": pair["chosen"]}
+            for pair in read_records(ROOT / path, "preference")
+        ]
         for path in ANSWERS
     )
     return random.Random(seed).sample(rows, SETTINGS["rows"]), held[: SETTINGS["held-out rows"]]
 
 
 def tune(
-    rows: list[dict], alpha: float, seed: int, rate: float = SETTINGS["learning_rate"], first: int | None = None
+    rows: list[dict],
+    alpha: float,
+    seed: int,
+    rate: float = SETTINGS["learning_rate"],
+    first: int | None = None,
 ) -> tuple[nn.Module, History]:
     """The embedded model with LoRA, trained on `rows` under NEFTune's noise; the seed draws A, the order and the noise.
 
@@ -66,7 +77,9 @@ def tune(
     """
     model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
     torch.manual_seed(seed)
-    add_adapters(model, AdapterConfig(rank=SETTINGS["rank"], alpha=SETTINGS["alpha / rank"] * SETTINGS["rank"]))
+    add_adapters(
+        model, AdapterConfig(rank=SETTINGS["rank"], alpha=SETTINGS["alpha / rank"] * SETTINGS["rank"])
+    )
     batch_size, warmup = SETTINGS["batch_size"], SETTINGS["warmup_steps"]
     whole = SETTINGS["epochs"] * len(rows) // batch_size
     steps = first or whole
@@ -74,7 +87,9 @@ def tune(
         steps,
         rate,
         warmup_steps=warmup,
-        schedule=lambda progress: cosine(progress * (steps - warmup) / (whole - warmup)),  # the whole run's, however short
+        schedule=lambda progress: cosine(
+            progress * (steps - warmup) / (whole - warmup)
+        ),  # the whole run's, however short
         seed=seed,
         progress=False,
     )
@@ -84,7 +99,10 @@ def tune(
 
 def fit(model: nn.Module, tokenizer, rows: list[dict], held: list[dict]) -> dict[str, float]:
     """How well a model predicts the rows it has read, and how well the held-out ones; both without noise."""
-    return {"loss on rows read": held_out(model, tokenizer, rows)["held-out loss"], **held_out(model, tokenizer, held)}
+    return {
+        "loss on rows read": held_out(model, tokenizer, rows)["held-out loss"],
+        **held_out(model, tokenizer, held),
+    }
 
 
 @experiment(settings=SETTINGS, code=[tickets, tune, held_out, fit], data=TICKETS)
@@ -96,7 +114,10 @@ def neftune_tickets(seed: int) -> dict:
     for alpha in (*SETTINGS["alphas"], SETTINGS["alpha of the control"]):
         model, history = tune(rows, alpha, seed)
         figures[str(alpha)] = {"losses": history.losses, **fit(model, tokenizer, rows, held)}
-        print(f"tickets, alpha {alpha}, seed {seed}: held-out loss {figures[str(alpha)]['held-out loss']:.3f}", flush=True)
+        print(
+            f"tickets, alpha {alpha}, seed {seed}: held-out loss {figures[str(alpha)]['held-out loss']:.3f}",
+            flush=True,
+        )
     return figures
 
 
@@ -121,5 +142,8 @@ def neftune_answers(seed: int) -> dict:
             "cut off": mean(length >= SETTINGS["max_new_tokens"] - 1 for length in lengths),
             "metric": mean(is_metric(text) for text in written),
         }
-        print(f"answers, alpha {name}, seed {seed}: held-out loss {figures[name]['held-out loss']:.3f}", flush=True)
+        print(
+            f"answers, alpha {name}, seed {seed}: held-out loss {figures[name]['held-out loss']:.3f}",
+            flush=True,
+        )
     return figures

@@ -7,7 +7,7 @@ import torch
 from spark_ft.adapters import add_adapters
 from spark_ft.evaluation import greedy_match
 from spark_ft.lab import kitchen
-from spark_ft.lab.experiments import experiment
+from spark_ft.lab.experiments.runner import experiment
 from spark_ft.models import PROFILES, load_model
 
 

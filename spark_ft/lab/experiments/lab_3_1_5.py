@@ -5,15 +5,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, add_adapters, merge_adapters
-from spark_ft.data import read_records, sft_batches
-from spark_ft.lab.experiments import experiment
-from spark_ft.lab.studies.lab_3_1_1 import HELD_OUT, TRAIN, held_out
-from spark_ft.lab.studies.lab_3_1_1 import SETTINGS as LORA
+from spark_ft.data.batches import sft_batches
+from spark_ft.data.records import read_records
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
+from spark_ft.lab.experiments.lab_3_1_1 import HELD_OUT, TRAIN, held_out
+from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS as LORA
+from spark_ft.lab.experiments.runner import experiment
 from spark_ft.methods.nf4 import NF4Linear
-from spark_ft.models import EMBEDDED, ROOT, load_model
-from spark_ft.training import History, TrainConfig, sft_loss, train
+from spark_ft.models import load_model
+from spark_ft.scoring import sft_loss
+from spark_ft.training import History, TrainConfig, train
 
-SHARED = ("alpha / rank", "targets", "steps", "batch_size", "learning_rate", "warmup_steps", "held-out tickets")
+SHARED = (
+    "alpha / rank",
+    "targets",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "warmup_steps",
+    "held-out tickets",
+)
 SETTINGS = {**{key: LORA[key] for key in SHARED}, "rank": 16, "weights": ["fp32", "NF4", "16 equal steps"]}
 EQUAL_STEPS = torch.linspace(-1, 1, 16)
 
@@ -41,9 +53,13 @@ def tune(weights: str, seed: int, steps: int = SETTINGS["steps"]) -> tuple[nn.Mo
     """That model with LoRA, trained on kitchen tickets as in lab 3.1.1; the seed draws A and the order of the rows."""
     model, tokenizer = base(weights)
     torch.manual_seed(seed)
-    add_adapters(model, AdapterConfig(rank=SETTINGS["rank"], alpha=SETTINGS["alpha / rank"] * SETTINGS["rank"]))
+    add_adapters(
+        model, AdapterConfig(rank=SETTINGS["rank"], alpha=SETTINGS["alpha / rank"] * SETTINGS["rank"])
+    )
     batches = sft_batches(read_records(ROOT / TRAIN, "sft"), tokenizer, SETTINGS["batch_size"], seed)
-    config = TrainConfig(steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False)
+    config = TrainConfig(
+        steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False
+    )
     return model, train(model, batches, sft_loss, config)
 
 

@@ -7,12 +7,16 @@ import torch
 from torch import nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.data import read_records, sft_batches
-from spark_ft.lab.experiments import experiment
+from spark_ft.data.batches import sft_batches
+from spark_ft.data.records import read_records
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
+from spark_ft.lab.experiments.lab_3_1_1 import held_out
+from spark_ft.lab.experiments.runner import experiment
 from spark_ft.lab.kitchen import with_shuffled_answers
-from spark_ft.lab.studies.lab_3_1_1 import held_out
-from spark_ft.models import EMBEDDED, ROOT, load_model
-from spark_ft.training import History, TrainConfig, sft_loss, train
+from spark_ft.models import load_model
+from spark_ft.scoring import sft_loss
+from spark_ft.training import History, TrainConfig, train
 
 TRAIN, TEST = "data/kitchen_tickets/train.jsonl", "data/kitchen_tickets/test.jsonl"
 # Chosen on *validation* rows in the place of the test rows, seeds 100 and 101: of 16, 24 and 32 rows in 14 to 24 steps (half of
@@ -39,7 +43,11 @@ def draw(seed: int) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
     test = rng.sample(seen, SETTINGS["leaked"] + SETTINGS["untouched"])
     leaked, untouched = test[: SETTINGS["leaked"]], test[SETTINGS["leaked"] :]
     rest = clean[SETTINGS["leaked"] :]
-    sets = {"clean": clean, "leaked": leaked + rest, "wrong tickets": with_shuffled_answers(leaked, seed) + rest}
+    sets = {
+        "clean": clean,
+        "leaked": leaked + rest,
+        "wrong tickets": with_shuffled_answers(leaked, seed) + rest,
+    }
     return sets, {"leaked rows": leaked, "untouched rows": untouched}
 
 
@@ -48,11 +56,20 @@ def tune(records: Sequence[dict], seed: int, steps: int = SETTINGS["steps"]) -> 
     model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
     torch.manual_seed(seed)
     add_adapters(model, AdapterConfig(rank=SETTINGS["rank"], alpha=SETTINGS["alpha"]))
-    config = TrainConfig(steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False)
-    return model, train(model, sft_batches(records, tokenizer, SETTINGS["batch_size"], seed), sft_loss, config)
+    config = TrainConfig(
+        steps, SETTINGS["learning_rate"], warmup_steps=SETTINGS["warmup_steps"], seed=seed, progress=False
+    )
+    return model, train(
+        model, sft_batches(records, tokenizer, SETTINGS["batch_size"], seed), sft_loss, config
+    )
 
 
-@experiment(settings=SETTINGS, seeds=(0, 1, 2, 3, 4), code=[draw, tune, held_out, with_shuffled_answers], data=[TRAIN, TEST])
+@experiment(
+    settings=SETTINGS,
+    seeds=(0, 1, 2, 3, 4),
+    code=[draw, tune, held_out, with_shuffled_answers],
+    data=[TRAIN, TEST],
+)
 def leaked_test_rows(seed: int) -> dict:
     """Losses of each training set, and how its model scores on the rows that leaked and on those that did not."""
     _, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
@@ -62,5 +79,8 @@ def leaked_test_rows(seed: int) -> dict:
         model, history = tune(records, seed)
         scores = {which: held_out(model, tokenizer, rows) for which, rows in tests.items()}
         figures[name] = {"losses": history.losses, **scores}
-        print(f"{name}, seed {seed}: " + ", ".join(f"{w} {s['exact match']:.0%}" for w, s in scores.items()), flush=True)
+        print(
+            f"{name}, seed {seed}: " + ", ".join(f"{w} {s['exact match']:.0%}" for w, s in scores.items()),
+            flush=True,
+        )
     return figures

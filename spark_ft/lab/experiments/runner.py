@@ -1,10 +1,10 @@
 """Experiments: named functions of a seed whose figures are measured once, for every seed, and stored with their origin.
 
-    python -m spark_ft.lab.experiments              every experiment; a seed that is stored already is not run again
-    python -m spark_ft.lab.experiments lora_rank    one
-    python -m spark_ft.lab.experiments --jobs 2     seeds side by side, a process of one thread each: more seeds an hour
+    python -m spark_ft.lab.experiments.runner              every experiment; a seed that is stored already is not run again
+    python -m spark_ft.lab.experiments.runner lora_rank    one
+    python -m spark_ft.lab.experiments.runner --jobs 2     seeds side by side, a process of one thread each: more seeds an hour
 
-They stand in `spark_ft/lab/studies/lab_3_1_N.py`, a module per lab, and write `data/measurements/NAME.json`.
+They stand in `spark_ft/lab/experiments/lab_3_1_N.py`, a module per lab, and write `data/measurements/NAME.json`.
 """
 
 import argparse
@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 
-from spark_ft.adapters import write_atomically
-from spark_ft.models import ROOT, sha256
+from spark_ft.files import ROOT, sha256, write_atomically
 
 MEASUREMENTS = ROOT / "data" / "measurements"
 EXPERIMENTS: dict[str, "Experiment"] = {}
@@ -54,13 +53,21 @@ class Experiment:
     @property
     def hash(self) -> str:
         """SHA-256 of the code (comments and layout aside), the settings, and the bytes of the data files."""
-        sources = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f)))) for f in (self.run, *self.code)]
+        sources = [
+            ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f)))) for f in (self.run, *self.code)
+        ]
         files = {path: sha256(ROOT / path) for path in self.data}
-        return hashlib.sha256(json.dumps([sources, self.settings, files], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([sources, self.settings, files], sort_keys=True).encode()
+        ).hexdigest()
 
 
 def experiment(
-    *, settings: Any = None, seeds: Sequence[int] = (0, 1, 2), code: Sequence[Callable] = (), data: Sequence[str] = ()
+    *,
+    settings: Any = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    code: Sequence[Callable] = (),
+    data: Sequence[str] = (),
 ) -> Callable[[Callable[..., dict]], Experiment]:
     """Register a function `run(seed) -> dict of figures` (what JSON can hold) under its own name.
 
@@ -73,7 +80,9 @@ def experiment(
 
     def register(run: Callable[..., dict]) -> Experiment:
         values = json.loads(json.dumps(asdict(settings) if is_dataclass(settings) else settings or {}))
-        EXPERIMENTS[run.__name__] = Experiment(run.__name__, run, values, tuple(seeds), tuple(code), tuple(data))
+        EXPERIMENTS[run.__name__] = Experiment(
+            run.__name__, run, values, tuple(seeds), tuple(code), tuple(data)
+        )
         return EXPERIMENTS[run.__name__]
 
     return register
@@ -107,7 +116,9 @@ def load(name: str) -> Measurement:
     """
     path = MEASUREMENTS / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"data/measurements/{name}.json: no such file; `make experiments ARGS={name}` measures it")
+        raise FileNotFoundError(
+            f"data/measurements/{name}.json: no such file; `make experiments ARGS={name}` measures it"
+        )
     return Measurement(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -115,7 +126,7 @@ def stale(name: str) -> str | None:
     """Why a stored measurement no longer belongs to its experiment, or None."""
     found = known()
     if name not in found:
-        return f"{name}.json belongs to no experiment in spark_ft/lab/studies; delete it, or bring its function back"
+        return f"{name}.json belongs to no experiment in spark_ft/lab/experiments; delete it, or bring its function back"
     again = f"run `make experiments ARGS={name}`"
     if not (MEASUREMENTS / f"{name}.json").is_file():
         return f"{name} was never measured; {again}"
@@ -145,11 +156,11 @@ def agrees(live: Sequence[float], stored: Sequence[float], rel: float = 0.02) ->
 
 
 def known() -> dict[str, Experiment]:
-    """Every experiment by name; imports the modules in `spark_ft.lab.studies`."""
-    from spark_ft.lab import studies
+    """Every experiment by name; imports the modules in `spark_ft.lab.experiments`."""
+    from spark_ft.lab import experiments
 
-    for module in pkgutil.iter_modules(studies.__path__):
-        importlib.import_module(f"{studies.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(experiments.__path__):
+        importlib.import_module(f"{experiments.__name__}.{module.name}")
     return EXPERIMENTS
 
 
@@ -162,11 +173,17 @@ def measure(experiment: Experiment, jobs: int = 1) -> Measurement:
     path = MEASUREMENTS / f"{experiment.name}.json"
     stored = load(experiment.name) if path.is_file() else {}
     runs = stored["runs"] if stored.get("hash") == experiment.hash else []
-    result = Measurement(experiment=experiment.name, hash=experiment.hash, settings=experiment.settings, runs=runs)
+    result = Measurement(
+        experiment=experiment.name, hash=experiment.hash, settings=experiment.settings, runs=runs
+    )
     missing = [seed for seed in experiment.seeds if all(run["seed"] != seed for run in runs)]
-    for hash_now, run, seconds in _in_turn(experiment, missing) if jobs == 1 else _side_by_side(experiment, missing, jobs):
+    for hash_now, run, seconds in (
+        _in_turn(experiment, missing) if jobs == 1 else _side_by_side(experiment, missing, jobs)
+    ):
         if hash_now != result["hash"]:
-            raise RuntimeError(f"{experiment.name}: code, settings or data changed while seed {run['seed']} ran; run it again")
+            raise RuntimeError(
+                f"{experiment.name}: code, settings or data changed while seed {run['seed']} ran; run it again"
+            )
         runs.append(run)
         runs.sort(key=lambda run: run["seed"])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +204,10 @@ def _in_turn(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Ran]:
 
 
 def _side_by_side(experiment: Experiment, seeds: Sequence[int], jobs: int) -> Iterator[Ran]:
-    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # read when a process starts; else threads fight
+    one_thread = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }  # read when a process starts; else threads fight
     before = {name: os.environ.get(name) for name in one_thread}
     os.environ.update(one_thread)
     try:
@@ -224,13 +244,19 @@ def _origin() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m spark_ft.lab.experiments", description="Measure and store.")
+    parser = argparse.ArgumentParser(
+        prog="python -m spark_ft.lab.experiments.runner", description="Measure and store."
+    )
     parser.add_argument("names", nargs="*", help="experiments to run; default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds to run at a time, a process of one thread each (1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds to run at a time, a process of one thread each (1)"
+    )
     options = parser.parse_args(arguments)
     chosen, found = options.names, known()
     if unknown := set(chosen) - set(found):
-        parser.error(f"no experiment is called {', '.join(sorted(unknown))}; there are {', '.join(found) or 'none'}")
+        parser.error(
+            f"no experiment is called {', '.join(sorted(unknown))}; there are {', '.join(found) or 'none'}"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("SPARK_FT_PROFILE", "laptop")
     for name in chosen or found:
@@ -239,6 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from spark_ft.lab.experiments import main  # the module that the studies register with, not this copy of it
+    from spark_ft.lab.experiments.runner import main
 
     sys.exit(main())
