@@ -1,4 +1,4 @@
-"""Settings of every test: no hub, no telemetry, the laptop profile; and the two known messages silenced, no others."""
+"""Settings of every test: no hub, no telemetry, the laptop profile; only the two known messages are silenced."""
 
 import os
 from itertools import count
@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def checks_draw_the_same_inputs_in_every_run(request, monkeypatch):
-    """A check draws other inputs each time; in the tests of the checks, other ones each time, but the same in every run."""
+    """A check draws fresh inputs at every call; here it draws the same sequence in every run of a test."""
     if request.module.__name__.startswith("test_checks_"):
         import torch
 
@@ -39,32 +39,7 @@ def embedded():
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """A factory of small llamas in eval mode: the same weights for the same seed; grouped-query attention, 2 layers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A factory of small llamas, `helpers.tiny_llama`."""
+    from helpers import tiny_llama
 
-    from spark_ft.scoring import use_packed_attention
-
-    def make(seed=0, packed=True, **changes):
-        shape = {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.2,  # wide enough that a wrong mask or position shows in the outputs
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
-        if packed:
-            use_packed_attention(model)
-        return model
-
-    return make
+    return tiny_llama
