@@ -1,4 +1,4 @@
-"""Settings of every test: no hub, no telemetry, the laptop profile; only the two known messages are silenced."""
+"""Settings of every test: no hub, no telemetry, the laptop profile, and two known messages silenced."""
 
 import os
 from itertools import count

@@ -82,7 +82,7 @@ TINY_MODEL = {
 
 
 def tiny_model(kind, seed=0, dtype=torch.float32, **changes):
-    """A small random causal model of a transformers kind ("gemma2", "mixtral" …), eval mode, weights N(0, 0.15²)."""
+    """A small random causal model of a transformers kind ("gemma2", "mixtral" …) in eval mode."""
     config = AutoConfig.for_model(kind, **{**TINY_MODEL, **TINY_KINDS.get(kind, {}), **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -95,7 +95,7 @@ def tiny_model(kind, seed=0, dtype=torch.float32, **changes):
 
 
 def token_batch(seed=1, rows=3, length=20, vocab=96):
-    """A padded batch of random tokens with labels: each row is shorter than the last, and prompts are masked."""
+    """A padded batch of random tokens: rows get shorter, and the labels of prompts and padding are −100."""
     ids = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask, labels = torch.ones_like(ids), ids.clone()
     for row in range(rows):
