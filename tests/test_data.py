@@ -26,7 +26,6 @@ from spark_ft.data.records import check_records, iter_records, read_records, wri
 from spark_ft.files import ROOT
 from spark_ft.lab.parity import trl_marks
 from spark_ft.models import load_tokenizer
-from spark_ft.scoring import sequence_logps
 
 ROW = {"prompt": "Soup of the day?", "completion": "Leek."}
 PAIR = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
@@ -557,22 +556,6 @@ def test_a_thumb_is_mismatched_with_the_completion_before_it(tokenizer):
         ValueError, match=r"one thumb has no other to be mismatched with.*batch two rows or more"
     ):
         collate_feedback(rows[:1], tokenizer)
-
-
-def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(tokenizer, tiny_llama):
-    model = tiny_llama(vocab_size=len(tokenizer))
-    rows = [
-        PAIR,
-        {"prompt": "And a very long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"},
-    ]
-    batch = collate_preferences(rows, tokenizer)
-    for side in ("chosen", "rejected"):
-        logps, counts = sequence_logps(model, with_prompt(batch, side))
-        for i, row in enumerate(rows):
-            alone = collate_sft([{"prompt": row["prompt"], "completion": row[side]}], tokenizer)
-            expected, count = sequence_logps(model, alone)
-            torch.testing.assert_close(logps[i], expected[0])
-            assert counts[i] == count[0]
 
 
 @pytest.mark.parametrize(

@@ -197,3 +197,23 @@ def test_a_shared_beginning_changes_no_loss_and_dropout_turns_sharing_off(tiny_l
             logps, plain, atol=1e-5
         )  # B is zero, so the adapted model is the plain one
     assert seen == [21 - 2 * 3, 21]
+
+
+def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded, tiny_llama):
+    from spark_ft.data.batches import collate_preferences, collate_sft, with_prompt
+    from spark_ft.scoring import sequence_logps
+
+    tokenizer = embedded[1]
+    model = tiny_llama(vocab_size=len(tokenizer))
+    rows = [
+        {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."},
+        {"prompt": "And a very long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"},
+    ]
+    batch = collate_preferences(rows, tokenizer)
+    for side in ("chosen", "rejected"):
+        logps, counts = sequence_logps(model, with_prompt(batch, side))
+        for i, row in enumerate(rows):
+            alone = collate_sft([{"prompt": row["prompt"], "completion": row[side]}], tokenizer)
+            expected, count = sequence_logps(model, alone)
+            torch.testing.assert_close(logps[i], expected[0])
+            assert counts[i] == count[0]
