@@ -1,8 +1,13 @@
 """What several test files share; import with `from helpers import tiny_llama`. Anyone may append."""
 
+import contextlib
+import io
+import re
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from spark_ft.lab.checks import CheckFailed
 from spark_ft.scoring import use_packed_attention
 
 TINY_LLAMA = {
@@ -103,3 +108,36 @@ def token_batch(seed=1, rows=3, length=20, vocab=96):
         ids[row, end:] = mask[row, end:] = 0
         labels[row, end:] = labels[row, : 5 + row] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def printed_by(check, answer):
+    """What a lab's check prints about an answer; a tuple is several answers."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), torch.enable_grad():  # an answer may turn gradients off for good
+        check(*(answer if isinstance(answer, tuple) else (answer,)))
+    return said.getvalue()
+
+
+def accepts(check, *answers, times=1):
+    """Require that a lab's check passes each right answer every time."""
+    for answer in answers * times:
+        assert "✓" in printed_by(check, answer)
+
+
+def refuses(check, rows, times=1):
+    """Require that a lab's check fails each wrong answer with its message, and list every row where it does not.
+
+    rows: (a pattern of the message, the wrong answer, or a tuple where the check takes several).
+    """
+    missed = []
+    for pattern, answer in rows * times:
+        try:
+            said = f"it passes: {printed_by(check, answer)}"
+        except CheckFailed as failure:
+            said = str(failure)
+            if re.search(pattern, said, re.S):
+                continue
+        except Exception as error:
+            said = repr(error)
+        missed.append(f"expected “{pattern}”, but: {said}")
+    assert not missed, "\n".join(missed)
