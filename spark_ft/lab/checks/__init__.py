@@ -1,7 +1,7 @@
-"""The frame in which every lab's checks run: what they print, when they raise, and how they diagnose.
+"""The frame of every lab's checks: what they print, when they raise, and how they diagnose.
 
-A check takes the learner's function or class, compares it with an independent oracle, and raises `CheckFailed` with a
-message that says what is wrong, or returns the line to print after "✓".
+A check takes the learner's function or class and compares it with an independent oracle. It raises
+`CheckFailed` with a message that says what is wrong, or returns the line to print after "✓".
 """
 
 import contextlib
@@ -23,31 +23,33 @@ STUB = "your turn"
 class CheckFailed(AssertionError):
     """The answer is wrong; the message says how."""
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython prints this in place of a traceback, which would show the check's code and not the mistake.
+        return [f"✗ {self}"]
+
 
 def strict() -> bool:
-    """True when an exercise left undone must count as wrong: SPARK_FT_STRICT=1, or nbgrader grading or validating."""
+    """True if an exercise left undone counts as wrong: SPARK_FT_STRICT=1, or nbgrader grades or validates."""
     return os.environ.get("SPARK_FT_STRICT", "0") not in ("", "0") or "NBGRADER_EXECUTION" in os.environ
 
 
 def _is_stub(error: NotImplementedError) -> bool:
-    # An empty message is nbgrader's own stub; PyTorch's NotImplementedErrors say what is missing, and are real errors.
+    # nbgrader's own stub has an empty message; PyTorch's NotImplementedErrors say what is missing.
     return not str(error) or str(error).startswith(STUB)
 
 
 def check(function: Callable[..., str]) -> Callable[..., None]:
-    """Make a check out of a function that takes an answer and returns its success line or raises `CheckFailed`.
+    """Turn a function that takes an answer, and returns a success line or raises `CheckFailed`, into a check.
 
-    On success it prints "✓ <line>". On an untouched stub it prints "not attempted yet – …", or raises where `strict()`.
-    A wrong answer always raises. Whatever is written to stderr meanwhile goes to stdout, since nbgrader gives no points
-    to a cell that writes to stderr; random numbers are drawn from a generator of the check's own. Returns None, since
-    nbgrader reads a returned number as partial credit.
+    A check prints "✓ <line>" on success. On an untouched stub it prints "not attempted yet – …", or raises if
+    `strict()`. A wrong answer always raises. What is written to stderr meanwhile goes to stdout, since
+    nbgrader gives no points to a cell that writes to stderr. Random numbers come from the check's own
+    generator. A check returns None, since nbgrader reads a returned number as partial credit.
     """
 
     @functools.wraps(function)
     def run(*answer: Any, **options: Any) -> None:
-        __tracebackhide__ = (
-            True  # IPython leaves this frame out, so the learner sees the cell and the message
-        )
+        __tracebackhide__ = True  # where the answer itself raises, IPython leaves this frame out
         noise = io.StringIO()
         try:
             with _private_randomness(), _captured(noise):
@@ -67,7 +69,7 @@ def check(function: Callable[..., str]) -> Callable[..., None]:
             raise TypeError(f"{function.__name__} must return the line to print after ✓, not {line!r}")
         print(f"✓ {line}")
 
-    # The answer's own parameters would be hidden behind *answer: show the check's.
+    # Without this, help() would show *answer in place of the check's own parameters.
     run.__signature__ = inspect.signature(function).replace(return_annotation=None)
     return run
 
@@ -81,7 +83,7 @@ def _private_randomness():
 
 @contextlib.contextmanager
 def _captured(noise: io.StringIO):
-    # A logging handler keeps the stderr of the moment it was made, out of redirect_stderr's reach.
+    # A logging handler keeps the stderr it was made with, and redirect_stderr does not change that.
     real = sys.stderr
     handlers = [h for logger in _loggers() for h in logger.handlers if vars(h).get("stream") is real]
     for handler in handlers:
@@ -112,14 +114,14 @@ def require_close(
     mistakes: Mapping[str, Tensor] | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Require |actual − expected| ≤ tolerance · max(1, max |expected|), and diagnose.
+    """Require |actual − expected| ≤ tolerance · max(1, max |expected|), and diagnose what is not.
 
     Args:
-        actual: the learner's tensor, any type accepted so that None and wrong types get a message too.
+        actual: the learner's tensor, or whatever they returned instead.
         expected: the oracle's tensor.
-        what: what it is, for the message: "the output for alpha=8, rank=2".
-        mistakes: message → the tensor that a known mistake would give; the first that fits is what the learner reads.
-        tolerance: more of it forgives rounding; fp32 needs 1e-5 to 1e-4, bf16 1e-2.
+        what: its name in messages: "the output for alpha=8, rank=2".
+        mistakes: message → what a known mistake would give; the learner reads the first that fits.
+        tolerance: a larger one forgives more rounding: 1e-5 to 1e-4 for fp32, 1e-2 for bf16.
 
     Raises:
         CheckFailed: not a tensor, another shape, not finite, or too far away.
@@ -136,8 +138,7 @@ def require_close(
     if _close(actual, expected, tolerance):
         return
     for message, wrong in (mistakes or {}).items():
-        if wrong.shape == actual.shape and _close(actual, wrong, tolerance):
-            raise CheckFailed(f"{what}: {message}")
+        require(wrong.shape != actual.shape or not _close(actual, wrong, tolerance), f"{what}: {message}")
     error = (actual - expected.detach().to(torch.float64)).abs().max().item()
     raise CheckFailed(f"{what} is off by up to {error:.3g}, where rounding explains {tolerance:g}")
 
@@ -146,3 +147,34 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     expected = expected.detach().to(torch.float64)
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     return bool(((actual - expected).abs() <= tolerance * scale).all())
+
+
+def require_pair(value: Any, what: str) -> tuple[Tensor, Tensor]:
+    """Require two tensors; `what` says which: "init_adapter should return two tensors, (A, B)"."""
+    two = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
+    require(two, f"{what}, not {type(value).__name__}")
+    return tuple(value)
+
+
+def require_parity(differences: Mapping[str, float], theirs: str) -> None:
+    """Require relative differences of rounding's size; `theirs` names the library: "PEFT's"."""
+    for name, difference in differences.items():
+        require(
+            difference < 1e-5, f"{name}: yours and {theirs} differ by {difference:.2g} of the largest entry"
+        )
+
+
+def call(answer: Callable, what: str, *arguments: Any, mends: Mapping[str, str] | None = None) -> Any:
+    """Call an answer, and turn PyTorch's complaint into a failure that names the input.
+
+    Args:
+        mends: a word of PyTorch's message → advice to add; the first that fits, "" for any message.
+    """
+    try:
+        return answer(*arguments)
+    except NotImplementedError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        first = str(error).split("\n")[0]
+        mend = next((f"; {mend}" for word, mend in (mends or {}).items() if word in first), "")
+        raise CheckFailed(f"{what}: PyTorch says “{first}”{mend}") from None

@@ -1,4 +1,4 @@
-"""Checks of lab 3.1.1: each compares with a matrix written out in full, and names the mistakes that people make."""
+"""Checks of lab 3.1.1: each compares with the full matrix and names the mistakes that people make."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,49 +7,54 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.lab import parity
-from spark_ft.lab.checks import CheckFailed, check, require, require_close
+from spark_ft.lab.checks import call, check, require, require_close, require_pair, require_parity
 
+# What to add where PyTorch complains; "leaf" is its word for a parameter changed under autograd.
+MENDS = {
+    "leaf": "add inside torch.no_grad(), to the weight in place",
+    "": "x is (…, in), A (rank, in), B (out, rank): the update is x Aᵀ Bᵀ, as a weight B A",
+}
 SHAPES = ((8, 8, 8), (12, 20, 1), (20, 12, 4), (33, 7, 5))  # in, out, rank
+
+
+def run(answer: Callable, what: str, *arguments: object) -> object:
+    """Call an answer, and say what the shapes should be where PyTorch complains about them."""
+    return call(answer, what, *arguments, mends=MENDS)
 
 
 @check
 def check_init_adapter(answer: Callable[[int, int, int], tuple[Tensor, Tensor]]) -> str:
     """A random, B zero: the update is zero and yet can learn."""
     for width, out, rank in ((64, 48, 4), (300, 20, 8), (20, 300, 1)):
-        pair = answer(width, out, rank)
-        require(
-            isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair),
-            f"init_adapter should return two tensors, (A, B), not {type(pair).__name__}",
-        )
-        A, B = pair
+        A, B = require_pair(answer(width, out, rank), "init_adapter should return two tensors, (A, B)")
         shapes = f"A is {tuple(A.shape)} and B is {tuple(B.shape)} for in={width}, out={out}, rank={rank}"
         swapped = A.shape == (out, rank) and B.shape == (rank, width)
         require(
             not swapped,
-            f"{shapes}: A and B are swapped; A reads the input, (rank, in), B writes the output, (out, rank)",
+            f"{shapes}: A and B are swapped; A (rank, in) reads the input, B (out, rank) writes the output",
         )
         require(
             A.shape == (rank, width) and B.shape == (out, rank),
-            f"{shapes}, but should be ({rank}, {width}) and ({out}, {rank}); PyTorch keeps a weight as (out, in)",
+            f"{shapes}, but should be ({rank}, {width}) and ({out}, {rank}): a weight is (out, in)",
         )
         a_zero, b_zero = not A.any(), not B.any()
         require(
             not (a_zero and b_zero),
-            "A and B are both zero: the gradient of A is multiplied by B and that of B by A, so neither would ever move",
+            "A and B are both zero: A's gradient is multiplied by B and B's by A, so neither ever moves",
         )
         require(
             not a_zero,
-            "A is zero and B is random: A and B are swapped. That changes nothing either, but LoRA draws A and zeroes B",
+            "A is zero and B is random: A and B are swapped. The update is zero too, but LoRA draws A",
         )
         require(
             b_zero,
-            "A and B are both random: B A is not zero, so the model changes before it has learned anything",
+            "A and B are both random: B A is not zero, so the model changes before it learns anything",
         )
         spread = A.float().std().item() * math.sqrt(width)  # 0.58 for U(−1/√in, 1/√in), 1 for N(0, 1/in)
         require(
             0.3 < spread < 1.5,
             f"A's entries spread by {A.float().std().item():.3g}, but 1/√in is {1 / math.sqrt(width):.3g}: "
-            "A x would not have the size of x; draw A from U(−1/√in, 1/√in)",
+            "A x should be about as large as x; draw A from U(−1/√in, 1/√in)",
         )
         again = answer(width, out, rank)[0]
         require(
@@ -73,23 +78,21 @@ def check_lora_update(answer: Callable[[Tensor, Tensor, Tensor, float], Tensor])
                 / math.sqrt(rank)
                 * low,
                 "scaled by alpha / rank twice": (alpha / rank) ** 2 * low,
-                "scaled by rank / alpha: upside down": rank / alpha * low,
+                "scaled by rank / alpha: that is upside down": rank / alpha * low,
                 "divided by the width of x, not by the rank": alpha / width * low,
             }
             if width == out == rank:
                 mistakes |= {
-                    "x A B: the transposes are forgotten; a weight is (out, in), so x meets Aᵀ": alpha
+                    "x A B: the transposes are missing; A is (rank, in), so x meets Aᵀ": alpha
                     / rank
                     * (x @ A @ B),
                     "A and B are swapped: A comes first, x Aᵀ Bᵀ": alpha / rank * (x @ B.T @ A.T),
-                    "B before A, and not transposed: x Aᵀ Bᵀ is meant": alpha / rank * (x @ B @ A),
-                    "A is transposed, B is not: x Aᵀ Bᵀ is meant": alpha / rank * (x @ A.T @ B),
-                    "B is transposed, A is not: x Aᵀ Bᵀ is meant": alpha / rank * (x @ A @ B.T),
+                    "B comes before A, without transposes: it should be x Aᵀ Bᵀ": alpha / rank * (x @ B @ A),
+                    "A is transposed, B is not: it should be x Aᵀ Bᵀ": alpha / rank * (x @ A.T @ B),
+                    "B is transposed, A is not: it should be x Aᵀ Bᵀ": alpha / rank * (x @ A @ B.T),
                 }
             what = f"the update for in={width}, out={out}, rank={rank}"
-            require_close(
-                _run(answer, what, x, A, B, alpha), alpha / rank * low, what, mistakes, tolerance=3e-5
-            )
+            require_close(run(answer, what, x, A, B, alpha), alpha / rank * low, what, mistakes, 3e-5)
     return "lora_update is alpha / rank · B A x, for 4 shapes and inputs of 1 to 3 dimensions"
 
 
@@ -120,14 +123,14 @@ def check_lora_parameters(answer: Callable[[Sequence[tuple[int, int]], int], int
         }
         if got != right:
             for message, value in wrong.items():
-                require(got != value, f"{got:,} for {shapes} at rank {rank}: {message}")
+                require(got != value, f"{got} for {shapes} at rank {rank}: {message}")
         require(got == right, f"{got} for {shapes} at rank {rank}, but should be {right:,}")
     return "rank · (in + out) for every matrix, none counted twice"
 
 
 @check
 def check_lora_linear(answer: type[nn.Module]) -> str:
-    """The whole layer: start, what trains, scaling, bias, dropout, gradients."""
+    """The whole layer: its start, what trains, scaling, bias, dropout, gradients."""
     for width, out, rank in SHAPES:
         for bias in (True, False):
             base = nn.Linear(width, out, bias=bias)
@@ -137,7 +140,7 @@ def check_lora_linear(answer: type[nn.Module]) -> str:
             x = torch.randn(3, width)
             what = f"in={width}, out={out}, rank={rank}, bias={bias}"
             require_close(
-                _run(layer, what, x),
+                run(layer, what, x),
                 x @ weight.T + shift,
                 f"a new layer's output ({what}), which should be its base's",
                 {"the bias is lost": x @ weight.T, "the base's output is missing": torch.zeros(3, out)},
@@ -150,7 +153,7 @@ def check_lora_linear(answer: type[nn.Module]) -> str:
             )
             plain, low = x @ weight.T + shift, x @ (B @ A).T
             expected = plain + 6.0 / rank * low
-            got = _run(layer, what, x)
+            got = run(layer, what, x)
             require_close(
                 got,
                 expected,
@@ -177,7 +180,7 @@ def check_lora_linear(answer: type[nn.Module]) -> str:
                 require(mine is not None, f"{name} gets no gradient: no .detach() or .data on it in forward")
                 require_close(mine, theirs, f"{name}'s gradient ({what})", tolerance=1e-4)
     _check_dropout(answer)
-    return "starts as its base, trains only A and B, scales by alpha / rank, drops out on the update's input only"
+    return "starts as its base, trains only A and B, scales by alpha / rank, drops only the update's input"
 
 
 def _check_parts(layer: nn.Module, width: int, out: int, rank: int) -> None:
@@ -185,7 +188,7 @@ def _check_parts(layer: nn.Module, width: int, out: int, rank: int) -> None:
         part = getattr(layer, name, None)
         require(
             isinstance(part, nn.Parameter) and part.requires_grad,
-            f"self.{name} is {type(part).__name__}: make it an nn.Parameter, or the optimizer will not see it",
+            f"self.{name} is {type(part).__name__}: the optimizer only sees an nn.Parameter",
         )
     A, B = layer.lora_A, layer.lora_B
     require(
@@ -194,19 +197,20 @@ def _check_parts(layer: nn.Module, width: int, out: int, rank: int) -> None:
     )
     require(
         A.shape == (rank, width) and B.shape == (out, rank),
-        f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but should be ({rank}, {width}) and ({out}, {rank})",
+        f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but should be ({rank}, {width}) and "
+        f"({out}, {rank})",
     )
     require(A.any() or B.any(), "lora_A and lora_B are both zero: neither would ever get a gradient")
     require(
         A.any(),
-        "lora_A is zero and lora_B is random: they are swapped; A is drawn at random, B starts at zero",
+        "lora_A is zero and lora_B is random: they are swapped; A starts at random, B at zero",
     )
     require(not B.any(), "lora_B does not start at zero, so the new layer is not its base")
     trains = sorted(name for name, p in layer.named_parameters() if p.requires_grad)
     extra = [name for name in trains if name not in ("lora_A", "lora_B")]
     require(
         not extra,
-        f"{', '.join(extra)} still trains: freeze the base (weight and bias), that is the whole point",
+        f"{', '.join(extra)} still trains: freeze the base, weight and bias",
     )
 
 
@@ -219,20 +223,19 @@ def _check_dropout(answer: type[nn.Module]) -> None:
     layer.train()
     out = (x @ base.weight.T + base.bias).detach()
     require_close(
-        _run(layer, "training with dropout", x), out,
-        "dropout acts on the base's path: with B at zero the output in training should still be the base's, which",
-    )  # fmt: skip
+        run(layer, "training with dropout", x),
+        out,
+        "dropout acts on the base's path: with B at zero, the output in training should be the base's, which",
+    )
     with torch.no_grad():
         layer.lora_B.normal_()
     delta = (x @ (layer.lora_B @ layer.lora_A).T).detach()
     layer.eval()
-    still = _run(layer, "evaluating", x)
-    require_close(
-        still, out + delta, "dropout is active in eval mode: F.dropout needs training=self.training. The output in eval",
-        tolerance=1e-4,
-    )  # fmt: skip
+    still = run(layer, "evaluating", x)
+    what = "dropout is active in eval mode: F.dropout needs training=self.training. The output in eval"
+    require_close(still, out + delta, what, tolerance=1e-4)
     layer.train()
-    share = (_run(layer, "training with dropout", x) - out).detach()
+    share = (run(layer, "training with dropout", x) - out).detach()
     require(
         not torch.allclose(share, delta, atol=1e-5),
         "dropout=0.5 does nothing in training: apply it to the update's input",
@@ -240,22 +243,22 @@ def _check_dropout(answer: type[nn.Module]) -> None:
     zeros = share.abs() < 1e-6
     require(
         not (zeros.float().mean() > 0.25 and zeros.all(1).float().mean() > 0.25),
-        "dropout falls between A and B; LoRA drops entries of x, before A",
+        "dropout acts between A and B; LoRA drops entries of x, before A",
     )
     require(
-        zeros.float().mean() < 0.25, "dropout falls on the update's output; LoRA drops entries of x, before A"
+        zeros.float().mean() < 0.25, "dropout acts on the update's output; LoRA drops entries of x, before A"
     )
     kept = ((share.mean(0) @ delta[0]) / (delta[0] @ delta[0])).item()
     spread = (share @ delta[0] / (delta[0] @ delta[0])).std().item() / math.sqrt(len(x))
     require(
         abs(kept - 1) < 6 * spread + 1e-3,
-        f"with dropout=0.5 the update is {kept:.2f} of itself on average: what is kept must grow by 1 / (1 − p), "
-        "as F.dropout does",
+        f"with dropout=0.5 the update is {kept:.2f} of itself on average: what is kept must grow by "
+        "1 / (1 − p), as in F.dropout",
     )
 
 
 class _Layer(nn.Module):
-    """A plain LoRA layer to merge, written out as its formula; a merged one is its base alone."""
+    """A plain LoRA layer to merge; once merged it computes its base alone."""
 
     def __init__(self, width: int, out: int, rank: int, alpha: float, bias: bool):
         super().__init__()
@@ -273,7 +276,7 @@ class _Layer(nn.Module):
 
 @check
 def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module], None]) -> str:
-    """merge and unmerge against W + α/r · B A; both only once, whatever is called how often."""
+    """merge and unmerge against W + α/r · B A; a second call of either changes nothing."""
     for width, out, rank in SHAPES:
         layer = _Layer(width, out, rank, 6.0, bias=rank > 1)
         x, W = torch.randn(3, width), layer.base.weight.detach().clone()
@@ -281,12 +284,12 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
         s, before = layer.scaling, layer(x).detach()
         merged = W + s * B @ A
         what = f"the merged weight for in={width}, out={out}, rank={rank}"
-        _run(merge, what, layer)
+        run(merge, what, layer)
         mistakes = {
             "alpha / rank is missing: the update is scaling · B A": W + B @ A,
             "the update alone: W is gone": s * B @ A,
             "nothing was added to base.weight": W,
-            "the update was taken away, not added": W - s * B @ A,
+            "the update was subtracted, not added": W - s * B @ A,
         }
         if width == out == rank:
             mistakes["A B instead of B A"] = W + s * A @ B
@@ -294,7 +297,8 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
         require_close(layer.base.weight, merged, what, mistakes, tolerance=3e-5)
         require(
             layer.base.weight.grad_fn is None and not layer.base.weight.requires_grad,
-            "after merge the base weight is part of a graph or trains: add inside torch.no_grad(), to the weight in place",
+            "after merge the base weight is part of a graph or trains: "
+            "add inside torch.no_grad(), to the weight in place",
         )
         twice = before + s * x @ A.T @ B.T
         require_close(
@@ -305,9 +309,9 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
             tolerance=1e-4,
         )
         require(layer.merged is True, "after merge layer.merged should be True")
-        require_close(layer.lora_A, A, "lora_A after merge (unmerge needs it as it was)")
-        require_close(layer.lora_B, B, "lora_B after merge (unmerge needs it as it was)")
-        _run(merge, what, layer)
+        require_close(layer.lora_A, A, "lora_A after merge (unmerge needs it unchanged)")
+        require_close(layer.lora_B, B, "lora_B after merge (unmerge needs it unchanged)")
+        run(merge, what, layer)
         require_close(
             layer.base.weight,
             merged,
@@ -315,13 +319,13 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
             {"the update was added twice: look at layer.merged first": W + 2 * s * B @ A},
             tolerance=3e-5,
         )
-        _run(unmerge, "unmerge", layer)
+        run(unmerge, "unmerge", layer)
         require_close(
             layer.base.weight,
             W,
             "the weight after unmerge",
             {
-                "unmerge added the update again instead of taking it away": W + 2 * s * B @ A,
+                "unmerge added the update again instead of subtracting it": W + 2 * s * B @ A,
                 "unmerge did nothing to the weight": merged,
                 "alpha / rank is missing in unmerge": merged - B @ A,
             },
@@ -331,40 +335,22 @@ def check_merge(merge: Callable[[nn.Module], None], unmerge: Callable[[nn.Module
             layer.merged is False,
             "after unmerge layer.merged should be False, or forward leaves the update out",
         )
-        _run(unmerge, "unmerge", layer)
+        run(unmerge, "unmerge", layer)
         require_close(
             layer.base.weight,
             W,
             "the weight after unmerging twice",
-            {"the update was taken away twice: look at layer.merged first": W - s * B @ A},
+            {"the update was subtracted twice: look at layer.merged first": W - s * B @ A},
             tolerance=3e-5,
         )
-    return "merged, unmerged, and each a second time: the weight is what it should be, for 4 shapes"
+    return "merge adds the update, unmerge subtracts it, and a second call changes nothing, for 4 shapes"
 
 
 @check
 def check_parity(answer: type[nn.Module], merge: Callable[[nn.Module], None]) -> str:
     """Yours against PEFT's own layer on the same weights."""
     differences = parity.lora_against_peft(answer, merge)
-    for name, difference in differences.items():
-        require(
-            difference < 1e-5,
-            f"{name}: your layer and PEFT's differ by {difference:.2g} of the largest entry",
-        )
+    require_parity(differences, "PEFT's")
     return "your layer equals PEFT's: " + ", ".join(
         f"{name} to {value:.0e}" for name, value in differences.items()
     )
-
-
-def _run(answer: Callable, what: str, *arguments: object) -> object:
-    """Call, and turn PyTorch's complaint about shapes into one about the product."""
-    try:
-        return answer(*arguments)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        first = str(error).split("\n")[0]
-        mend = "x is (…, in), A (rank, in), B (out, rank): the update is x Aᵀ Bᵀ, as a weight B A"
-        if "leaf" in first:
-            mend = "add inside torch.no_grad(), to the weight in place"
-        raise CheckFailed(f"{what}: PyTorch says “{first}”; {mend}") from None
