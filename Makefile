@@ -37,7 +37,7 @@ bench: $(READY)
 	$(PY) -m spark_ft.cli bench $(ARGS)
 
 experiments: $(READY)
-	$(PY) -m spark_ft.lab.experiments.runner $(ARGS)
+	$(PY) -m spark_ft.lab.experiments $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -55,7 +55,8 @@ from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS, held_out, tune
+from spark_ft.lab.experiments.common import held_out
+from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS, tune_rank
 from spark_ft.memory import measure
 from spark_ft.models import EMBEDDED, ROOT
 
@@ -500,11 +501,11 @@ for name, difference in parity.items():
 
 # %% tags=["experiment"]
 stored = load("lora_rank")
-tuned, live = tune(rank=16, seed=0)
+tuned, live = tune_rank(rank=16, seed=0)
 live_figures = held_out(tuned, tokenizer, held_out_rows)
 print("rank 16, seed 0: loss", " ".join(f"{loss:.2f}" for loss in live.losses[::3]))
 print(agrees(live.losses[:5], stored.figures(0)["16"]["losses"]))
-_, start = tune(rank=1, seed=0, steps=4)
+_, start = tune_rank(rank=1, seed=0, first=4)
 print("rank 1, seed 0:", agrees(start.losses, stored.figures(0)["1"]["losses"]))
 for name, figures in (("before", base_figures), ("after, rank 16", live_figures)):
     print(f"{name:<16}" + "   ".join(f"{key} {value:.3f}" for key, value in figures.items()))

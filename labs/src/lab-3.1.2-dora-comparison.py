@@ -58,7 +58,7 @@ from spark_ft.adapters import adapted_layers
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_2 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.experiments.lab_3_1_1 import HELD_OUT, TRAIN, held_out
+from spark_ft.lab.experiments.common import TRAIN, VALIDATION, held_out
 from spark_ft.lab.experiments.lab_3_1_2 import SETTINGS, moved, tune_dora, watched_weights
 from spark_ft.memory.machine import measure
 from spark_ft.methods.dora import row_norm as package_row_norm
@@ -66,7 +66,7 @@ from spark_ft.models import EMBEDDED, ROOT
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 train_rows = read_records(ROOT / TRAIN, "sft")
-held_out_rows = read_records(ROOT / HELD_OUT, "sft")[: SETTINGS["held-out tickets"]]
+held_out_rows = read_records(ROOT / VALIDATION, "sft")[: SETTINGS["held-out tickets"]]
 four_tickets = {key: tensor.to(model.device) for key, tensor in sft_batches(train_rows, tokenizer, 4)(0).items()}
 print(train_rows[0]["prompt"], "\n→", train_rows[0]["completion"])
 
@@ -401,7 +401,7 @@ tuned, live = tune_dora(seed=0)
 live_figures, live_moved = held_out(tuned, tokenizer, held_out_rows), moved(tuned, before)
 print("DoRA, seed 0: loss", " ".join(f"{loss:.2f}" for loss in live.losses[::3]))
 print("DoRA:", agrees(live.losses[:5], stored.figures(0)["DoRA"]["losses"]))
-_, start = tune_dora(seed=0, steps=3, shuffled=True)
+_, start = tune_dora(seed=0, first=3, shuffled=True)
 print("control:", agrees(start.losses, stored.figures(0)["DoRA on shuffled answers"]["losses"]))
 for name, figures in (("before", base_figures), ("after", live_figures)):
     print(f"{name:<8}" + "   ".join(f"{key} {value:.3f}" for key, value in figures.items()))

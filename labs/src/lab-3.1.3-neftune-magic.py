@@ -61,13 +61,13 @@ from spark_ft.data import packed_row
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_3 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.experiments import lab_3_1_3 as study
+from spark_ft.lab.experiments import lab_3_1_3 as experiment
 from spark_ft.methods.neftune import draws_noise
 from spark_ft.models import EMBEDDED, ROOT
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 model.cpu()
-tickets, held_out_tickets = study.tickets(seed=0)
+tickets, held_out_tickets = experiment.tickets(seed=0)
 prompt_ids, completion_ids = render(tickets[0], tokenizer)
 tokens = len(prompt_ids) + len(completion_ids)
 with torch.no_grad():
@@ -497,13 +497,13 @@ checks.check_reference_logps(reference_logps)
 # %% tags=["experiment"]
 stored = {"tickets": load("neftune_tickets"), "answers": load("neftune_answers")}
 LIVE = 15
-half = study.SETTINGS["epochs"] // 2 * len(tickets) // study.SETTINGS["batch_size"]
-tuned, history = study.tune(tickets, LIVE, seed=0, first=half)
-live = study.held_out(tuned, tokenizer, held_out_tickets)
+half = experiment.SETTINGS["epochs"] // 2 * len(tickets) // experiment.SETTINGS["batch_size"]
+tuned, history = experiment.tune_noisy(tickets, LIVE, seed=0, first=half)
+live = experiment.held_out(tuned, tokenizer, held_out_tickets)
 del tuned
 print(f"alpha {LIVE}, seed 0: loss", " ".join(f"{loss:.2f}" for loss in history.losses[::4]))
 print(agrees(history.losses[:5], stored["tickets"].figures(0)[str(LIVE)]["losses"]))
-_, first_steps = study.tune(tickets, 0, seed=0, first=3)
+_, first_steps = experiment.tune_noisy(tickets, 0, seed=0, first=3)
 print("alpha 0, seed 0:", agrees(first_steps.losses, stored["tickets"].figures(0)["0"]["losses"]))
 at_the_end = stored["tickets"].figures(0)[str(LIVE)]
 for name, figures in ((f"your run, after {half} steps", live), (f"the stored one, after {len(at_the_end['losses'])}", at_the_end)):
@@ -514,7 +514,7 @@ for name, figures in ((f"your run, after {half} steps", live), (f"the stored one
 # well each model knows what it has read, and how well what it has not:
 
 # %% tags=["experiment"]
-ALPHAS, CONTROL = study.SETTINGS["alphas"], study.SETTINGS["alpha of the control"]
+ALPHAS, CONTROL = experiment.SETTINGS["alphas"], experiment.SETTINGS["alpha of the control"]
 shown = {"tickets": [*ALPHAS, CONTROL], "answers": ALPHAS}
 READ, HELD = "loss on rows read", "held-out loss"
 
@@ -544,7 +544,7 @@ for ax, kind in ((left, "tickets"), (right, "answers")):
     ax.set_ylabel(f"{kind}: loss (nats per token)")
 left.axhline(untrained, color=plots.COLORS["reference"], linestyle="--", linewidth=1, label="held-out, untrained")
 left.set_yscale("log")
-gentle = {alpha: level("answers", f"{alpha}, gentle", HELD) for alpha in study.SETTINGS["alphas at the gentle rate"]}
+gentle = {alpha: level("answers", f"{alpha}, gentle", HELD) for alpha in experiment.SETTINGS["alphas at the gentle rate"]}
 right.plot(
     [ALPHAS.index(alpha) for alpha in gentle],
     [e.value for e in gentle.values()],
@@ -592,7 +592,7 @@ for kind, key, unit, words in MEASURES:
         change = changes[kind, key, alpha] = difference(kind, key, alpha)
         verdicts[kind, key, alpha] = change.verdict(*words)
         print(f"   alpha {alpha:>2}: {change.signed()} {unit:<7}{verdicts[kind, key, alpha]}")
-print(f"answers that ran into the limit of {study.SETTINGS['max_new_tokens']} tokens: "
+print(f"answers that ran into the limit of {experiment.SETTINGS['max_new_tokens']} tokens: "
       + ", ".join(f"alpha {alpha} {level('answers', alpha, 'cut off').value:.0%}" for alpha in ALPHAS))  # fmt: skip
 print("answers in metric units and no others: " + ", ".join(f"alpha {alpha} {level('answers', alpha, 'metric').value:.0%}" for alpha in ALPHAS))
 

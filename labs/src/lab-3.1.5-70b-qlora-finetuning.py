@@ -54,17 +54,15 @@ from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import headline, plots, true_size as giant
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.experiments import agrees, load
+from spark_ft.lab.experiments.common import TRAIN, VALIDATION, held_out
 from spark_ft.lab.experiments.lab_3_1_5 import (
     EQUAL_STEPS,
-    HELD_OUT,
     SETTINGS,
-    TRAIN,
     base,
-    held_out,
     merged,
     quantized_again,
     rounded,
-    tune,
+    tune_on,
 )
 from spark_ft.memory import fits, plan_step, plan_training, refuse_over_budget
 from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget, budget, free_at_once, held, measure
@@ -75,7 +73,7 @@ from spark_ft.models import EMBEDDED, ROOT, embedded_folder, load_nf4, preflight
 
 CPU = torch.device("cpu")
 train_rows = read_records(ROOT / TRAIN, "sft")
-held_out_rows = read_records(ROOT / HELD_OUT, "sft")[: SETTINGS["held-out tickets"]]
+held_out_rows = read_records(ROOT / VALIDATION, "sft")[: SETTINGS["held-out tickets"]]
 _ = torch.manual_seed(0)
 
 # %% [markdown]
@@ -389,7 +387,7 @@ assert loss_difference < 1e-4
 
 # %% tags=["experiment"]
 stored = load("qlora_against_lora")
-tuned, live = tune("NF4", seed=0)
+tuned, live = tune_on("NF4", seed=0)
 live_figures = held_out(tuned, tokenizer, held_out_rows)
 print("QLoRA, seed 0: loss", " ".join(f"{loss:.2f}" for loss in live.losses[::3]))
 print(agrees(live.losses[:5], stored.figures(0)["NF4"]["losses"]))

@@ -87,8 +87,8 @@ from spark_ft.data.judge import is_metric
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import agrees, load
-from spark_ft.lab.experiments.lab_3_1_1 import held_out
-from spark_ft.lab.experiments.lab_3_1_6 import SETTINGS, draw, tune
+from spark_ft.lab.experiments.common import held_out
+from spark_ft.lab.experiments.lab_3_1_6 import SETTINGS, draw, tune_drawn
 from spark_ft.lab.tokens import show_tokens
 from spark_ft.models import EMBEDDED, ROOT
 
@@ -863,7 +863,7 @@ for name in ("leaked", "clean"):
 started = time.perf_counter()
 live = {}
 for name in ("clean", "leaked"):
-    tuned, history = tune(sets[name], seed=0)
+    tuned, history = tune_drawn(sets[name], seed=0)
     live[name] = {which: held_out(tuned, tokenizer, rows)["exact match"] for which, rows in tests.items()}
     print(f"{name:<8}" + "   ".join(f"{which}: {value:.0%} right" for which, value in live[name].items()))
     print("        ", agrees(history.losses[:5], stored.figures(0)[name]["losses"]))

@@ -1,4 +1,4 @@
-"""Experiments: what needs many seeds is measured once and stored. `runner` runs them; a module per lab holds them."""
+"""Experiments need many seeds, so they are measured once and stored; `runner` runs them."""
 
 from spark_ft.lab.experiments.runner import agrees, experiment, known, load, measure, stale
 

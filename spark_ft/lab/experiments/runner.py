@@ -1,10 +1,10 @@
-"""Experiments: named functions of a seed whose figures are measured once, for every seed, and stored with their origin.
+"""Experiments: functions of a seed whose figures are measured once per seed and stored with their origin.
 
-    python -m spark_ft.lab.experiments.runner              every experiment; a seed that is stored already is not run again
-    python -m spark_ft.lab.experiments.runner lora_rank    one
-    python -m spark_ft.lab.experiments.runner --jobs 2     seeds side by side, a process of one thread each: more seeds an hour
+    python -m spark_ft.lab.experiments              every experiment; stored seeds are not run again
+    python -m spark_ft.lab.experiments lora_rank    one experiment
+    python -m spark_ft.lab.experiments --jobs 2     two seeds at a time, one thread each: more seeds per hour
 
-They stand in `spark_ft/lab/experiments/lab_3_1_N.py`, a module per lab, and write `data/measurements/NAME.json`.
+Each lab has a module, `lab_3_1_N.py`; figures are stored in `data/measurements/NAME.json`.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 import os
 import pkgutil
 import platform
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,14 +51,20 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the code (comments and layout aside), the settings, and the bytes of the data files."""
-        sources = [
-            ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f)))) for f in (self.run, *self.code)
-        ]
+        """SHA-256 of the code (without comments, docstrings and layout), the settings and the data files."""
+        sources = [_code(function) for function in (self.run, *self.code)]
         files = {path: sha256(ROOT / path) for path in self.data}
         return hashlib.sha256(
             json.dumps([sources, self.settings, files], sort_keys=True).encode()
         ).hexdigest()
+
+
+def _code(function: Callable) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def experiment(
@@ -96,7 +101,7 @@ class Measurement(dict):
         return next(run["figures"] for run in self["runs"] if run["seed"] == seed)
 
     def values(self, *path: str | int) -> list[Any]:
-        """One figure of every seed, named by the keys that lead to it: ready for `evaluation.mean_interval`."""
+        """One figure of every seed, named by the keys that lead to it: ready for `mean_interval`."""
         found = [run["figures"] for run in self["runs"]]
         for key in path:
             found = [figures[str(key) if isinstance(figures, dict) else key] for figures in found]
@@ -104,8 +109,8 @@ class Measurement(dict):
 
     def origin(self) -> str:
         """One line for a figure's caption: seeds, machine, threads, date."""
-        last = self["runs"][-1]
-        return f"stored: {len(self['runs'])} seeds, {last['machine']}, {last['threads']} thread(s), {last['date']}"
+        count, last = len(self["runs"]), self["runs"][-1]
+        return f"stored: {count} seeds, {last['machine']}, {last['threads']} thread(s), {last['date']}"
 
 
 def load(name: str) -> Measurement:
@@ -126,7 +131,9 @@ def stale(name: str) -> str | None:
     """Why a stored measurement no longer belongs to its experiment, or None."""
     found = known()
     if name not in found:
-        return f"{name}.json belongs to no experiment in spark_ft/lab/experiments; delete it, or bring its function back"
+        return (
+            f"{name}.json: no experiment in spark_ft/lab/experiments has this name; delete it, or restore it"
+        )
     again = f"run `make experiments ARGS={name}`"
     if not (MEASUREMENTS / f"{name}.json").is_file():
         return f"{name} was never measured; {again}"
@@ -138,11 +145,11 @@ def stale(name: str) -> str | None:
 
 
 def agrees(live: Sequence[float], stored: Sequence[float], rel: float = 0.02) -> str:
-    """Hold the losses of a live run to the stored ones of the same seed, as far as both go, and say how near they are.
+    """Compare a live run's losses with the stored ones of the same seed, and say how near they are.
 
     Args:
         live, stored: losses, step by step.
-        rel: the largest relative difference allowed; rounding grows with every step, so compare the first few.
+        rel: largest relative difference allowed; rounding grows with every step, so compare the first few.
 
     Raises:
         AssertionError: they differ by more: another model, other data, or another training loop.
@@ -160,7 +167,8 @@ def known() -> dict[str, Experiment]:
     from spark_ft.lab import experiments
 
     for module in pkgutil.iter_modules(experiments.__path__):
-        importlib.import_module(f"{experiments.__name__}.{module.name}")
+        if module.name.startswith("lab_"):
+            importlib.import_module(f"{experiments.__name__}.{module.name}")
     return EXPERIMENTS
 
 
@@ -182,7 +190,7 @@ def measure(experiment: Experiment, jobs: int = 1) -> Measurement:
     ):
         if hash_now != result["hash"]:
             raise RuntimeError(
-                f"{experiment.name}: code, settings or data changed while seed {run['seed']} ran; run it again"
+                f"{experiment.name}: code, settings or data changed while seed {run['seed']} ran; run again"
             )
         runs.append(run)
         runs.sort(key=lambda run: run["seed"])
@@ -228,8 +236,8 @@ def _one_seed(name: str, seed: int) -> Ran:
 def _origin() -> dict[str, Any]:
     """Where and with what a seed was run; names no host and no folder."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.is_file() else []  # fmt: skip
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     chip = names[0] if names else platform.processor() or platform.machine()
     if torch.cuda.is_available():
         chip = f"{torch.cuda.get_device_name()}, {chip}"
@@ -245,7 +253,7 @@ def _origin() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m spark_ft.lab.experiments.runner", description="Measure and store."
+        prog="python -m spark_ft.lab.experiments", description="Measure and store."
     )
     parser.add_argument("names", nargs="*", help="experiments to run; default: all")
     parser.add_argument(
@@ -262,9 +270,3 @@ def main(arguments: list[str] | None = None) -> int:
     for name in chosen or found:
         measure(found[name], options.jobs)
     return 0
-
-
-if __name__ == "__main__":
-    from spark_ft.lab.experiments.runner import main
-
-    sys.exit(main())
