@@ -1,4 +1,4 @@
-"""Checks of lab 3.1.3: each looks at the noise itself, what came out less what went in, and names the mistakes people make."""
+"""Checks of lab 3.1.3: each looks at the noise, output − input, and names the mistakes that people make."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,19 +11,18 @@ from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, adapted_layers, adapters_disabled, add_adapters
 from spark_ft.lab import parity
-from spark_ft.lab.checks import check, require, require_close
+from spark_ft.lab.checks import CheckFailed, check, require, require_close, require_parity
 from spark_ft.scoring import sequence_logps
 
-SHAPES = (
-    (6, 25, 64),
-    (2, 60, 24),
-    (3, 9, 200),
-    (1, 1, 4000),
-)  # batch, seq, width; 1,000 numbers or more in a row
+SHAPES = ((6, 25, 64), (2, 60, 24), (3, 9, 200), (1, 1, 4000))  # batch, seq, width; 1,000 numbers a text
+NONE_IN_TRAINING = (
+    "no noise in training with gradients on: register the hook on model.get_input_embeddings(), and let it "
+    "*return* the noisy embeddings"
+)
 
 
 def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *arguments: Any) -> Tensor:
-    """What the answer added to the embeddings, in float64; raises unless it is a new tensor of the same kind."""
+    """What the answer added to the embeddings, in float64; requires a new tensor of their shape and type."""
     given, state = embeddings.clone(), torch.get_rng_state()
     out = answer(given, *arguments)
     require(isinstance(out, Tensor), f"{what} gave {type(out).__name__}, not a tensor; is a return missing?")
@@ -33,40 +32,40 @@ def _noise(answer: Callable[..., Tensor], embeddings: Tensor, what: str, *argume
     )
     require(
         torch.equal(given, embeddings),
-        f"{what} changed the embeddings in place; return a new tensor, embeddings + noise: others hold the old one",
+        f"{what} changed the embeddings in place; other code uses them too: return embeddings + noise",
     )
     require(
         out.dtype == embeddings.dtype,
-        f"{what} turned {embeddings.dtype} into {out.dtype}; draw the noise in the embeddings' own type: torch.empty_like",
+        f"{what} turned {embeddings.dtype} into {out.dtype}; draw noise of their type: torch.empty_like",
     )
     noise = out.detach().double() - embeddings.double()
     require(torch.isfinite(noise).all(), f"{what} gave nan or inf; is there a division by zero?")
     require(
         not noise.any() or not torch.equal(torch.get_rng_state(), state),
-        f"{what} left torch's generator where it was, so the noise would be the same at every call: no fixed seed, and no "
-        "generator of your own",
+        f"{what} did not come from torch's own generator, so it is the same at every call: use "
+        "no fixed seed and no generator of your own",
     )
     return noise
 
 
 def _require_uniform(noise: Tensor, bound: float, what: str, wrong_bounds: dict[str, float]) -> None:
-    """Require noise as from U(−bound, bound); `wrong_bounds`: message → the bound that a known mistake would give."""
+    """Require noise as from U(−bound, bound); `wrong_bounds`: message → the bound of a known mistake."""
     low, high, spread = noise.min().item(), noise.max().item(), noise.std().item()
     reach = max(-low, high)
     require(
         low < 0 < high,
-        f"{what}: all noise lies on one side of zero, from {low:.3g} to {high:.3g}, so it would push every text the same way; "
-        "draw from −bound to +bound",
+        f"{what}: all noise lies on one side of zero, from {low:.3g} to {high:.3g}, and pushes every text "
+        "the same way; draw from −bound to +bound",
     )
-    # uniform: reach/spread = √3; ±bound alone: 1; a Gaussian's reach grows with the number of draws, over 2.7 here
+    # reach/spread: √3 if uniform, 1 if ±bound; a Gaussian's grows with the number of draws, here over 2.7
     require(
         reach < 2.3 * spread,
-        f"{what}: that looks Gaussian, it reaches {reach / spread:.1f} times its standard deviation; NEFTune's noise is "
-        "uniform, and none of it exceeds the bound",
+        f"{what} looks Gaussian: it reaches {reach / spread:.1f} times its standard deviation; NEFTune's "
+        "noise is uniform and never exceeds the bound",
     )
     require(
         reach > 1.3 * spread,
-        f"{what}: every number is the bound or minus the bound; draw from all between the two",
+        f"{what}: every number is the bound or minus the bound; draw from the range between them",
     )
     for message, wrong in wrong_bounds.items():
         require(not _fits(reach, wrong) or _fits(reach, bound), f"{what}: {message}")
@@ -77,13 +76,12 @@ def _require_uniform(noise: Tensor, bound: float, what: str, wrong_bounds: dict[
 
 
 def _fits(reach: float, bound: float) -> bool:
-    return (
-        0.98 * bound < reach < bound * (1 + 1e-4)
-    )  # the largest of a thousand draws is within 2% of the bound
+    # the largest of a thousand draws is within 2% of the bound
+    return 0.98 * bound < reach < bound * (1 + 1e-4)
 
 
 def _require_different(parts: Tensor, what: str, mistake: str) -> None:
-    """Require the first two parts' noise to differ, beyond the rounding of embeddings + noise − embeddings."""
+    """Require the first two parts' noise to differ by more than the rounding of embeddings + noise."""
     same = len(parts) > 1 and (parts[0] - parts[1]).abs().max() < 1e-3 * parts.abs().max()
     require(not same, f"{what}: {mistake}; draw it in the embeddings' whole shape")
 
@@ -91,11 +89,11 @@ def _require_different(parts: Tensor, what: str, mistake: str) -> None:
 def _require_silent_zero(answer: Callable[..., Tensor], embeddings: Tensor, *arguments: Any) -> None:
     state = torch.get_rng_state()
     out = answer(embeddings, 0.0, *arguments)
-    require_close(out, embeddings, "the embeddings at alpha=0, which should be what went in")
+    require_close(out, embeddings, "the embeddings at alpha=0, which should not change")
     require(
         torch.equal(torch.get_rng_state(), state),
-        "alpha=0 draws random numbers: every later draw, dropout's for one, would differ, and the run would not be the "
-        "baseline; return the embeddings before drawing",
+        "alpha=0 draws random numbers, so every later draw, such as dropout's, differs from the baseline's; "
+        "return the embeddings before drawing",
     )
 
 
@@ -107,8 +105,8 @@ def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
         embeddings = torch.randn(batch, seq, width)
         noise = _noise(answer, embeddings, what, alpha)
         alone = (noise + embeddings).std() < 0.5  # embeddings of standard deviation 1 went in
-        require(not alone, f"{what}: the embeddings are gone, what came out is noise alone; add it to them")
-        require(noise.any(), f"{what}: there is no noise; what came out is what went in")
+        require(not alone, f"{what}: the embeddings are gone and only noise came out; add it to them")
+        require(noise.any(), f"{what}: there is no noise; the output is the input")
         _require_different(noise, what, "every text got the same noise")
         _require_different(noise[0], what, "every token of a text got the same noise")
         bound = alpha / math.sqrt(seq * width)
@@ -117,30 +115,29 @@ def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
             bound,
             what,
             {
-                "√d is missing: a wider model would get more noise; the bound is α/√(L·d)": alpha
-                / math.sqrt(seq),
-                "√L is missing: a longer text would get more noise in all; the bound is α/√(L·d)": alpha
-                / math.sqrt(width),
+                "√d is missing: a wider model gets more noise; it is α/√(L·d)": alpha / math.sqrt(seq),
+                "√L is missing: a longer text gets more noise; it is α/√(L·d)": alpha / math.sqrt(width),
                 "it is not scaled: alpha itself is the bound": alpha,
                 "the square root is missing: it is scaled by α/(L·d)": alpha / (seq * width),
-                "the batch's size is in it, √(B·L·d): L and d are those of one text": alpha
-                / math.sqrt(batch * seq * width),
+                "the batch's size is in it, √(B·L·d): L and d are those of one text": (
+                    alpha / math.sqrt(batch * seq * width)
+                ),
                 "it is √(L + d), not √(L·d)": alpha / math.sqrt(seq + width),
                 "alpha is missing": 1 / math.sqrt(seq * width),
                 "alpha is inside the root": math.sqrt(alpha / (seq * width)),
-                "it is half as wide: from −bound/2 to bound/2; the bound is on each side": bound / 2,
-                "α/√3 is the expected *norm* of all of it together, not the bound": bound / math.sqrt(3),
+                "it is half as wide, from −bound/2 to bound/2; draw from −bound to bound": bound / 2,
+                "α/√3 is the expected *norm* of all the noise, not the bound": bound / math.sqrt(3),
             },
         )
     zeros = _noise(answer, torch.zeros(2, 30, 40), "the noise on embeddings of zero", 5.0)
     require(
         zeros.any(),
-        "there is no noise on embeddings of zero: it is multiplied with the embeddings; it should be added",
+        "there is no noise on embeddings of zero: it is multiplied with the embeddings, but should be added",
     )
     first, second = (_noise(answer, embeddings, what, alpha) for _ in range(2))
     require(
         not torch.equal(first, second),
-        "two calls gave the same noise: draw it anew each time, without a fixed seed",
+        "two calls gave the same noise: draw fresh noise each time, without a fixed seed",
     )
     _noise(answer, torch.randn(2, 30, 40).bfloat16(), "the noise on bf16 embeddings", 5.0)
     _require_silent_zero(answer, embeddings)
@@ -150,12 +147,11 @@ def check_noisy_embeddings(answer: Callable[[Tensor, float], Tensor]) -> str:
         out.requires_grad, "the noisy embeddings carry no gradient: no .detach(), .data or no_grad on the way"
     )
     out.sum().backward()
-    require_close(
-        leaf.grad,
-        torch.ones_like(leaf),
-        "the gradient of the embeddings, which added noise should leave alone",
+    what = "the gradient of the embeddings, which added noise should not change"
+    require_close(leaf.grad, torch.ones_like(leaf), what)
+    return (
+        "uniform in ±α/√(L·d), fresh at every call, embeddings unchanged, for 4 shapes; alpha=0 draws nothing"
     )
-    return "uniform in ±α/√(L·d), fresh at every call, the embeddings untouched, for 4 shapes; alpha=0 draws nothing"
 
 
 @check
@@ -175,20 +171,18 @@ def check_true_length_noise(answer: Callable[[Tensor, float, Tensor], Tensor]) -
         require(torch.equal(given, torch.tensor(lengths)), f"{what}: `lengths` was changed")
         for i, length in enumerate(lengths):
             row, text = noise[i], f"{what}, text {i + 1}"
-            require(row.any(), f"{text}: there is no noise; what came out is what went in")
+            require(row.any(), f"{text}: there is no noise; the output is the input")
             if row[length:].any():
                 require(
                     out[i, length:].any(), f"{text}: the padding's embeddings were erased, not left alone"
                 )
-                require(row[length + 1 :].any(), f"{text}: the first padded position has noise; a text of {length} tokens ends "
-                        f"at index {length - 1}")  # fmt: skip
                 require(
-                    False, f"{text}: padding has noise; the noise belongs on the first {length} tokens alone"
+                    row[length + 1 :].any(),
+                    f"{text}: the first padded position has noise; {length} tokens end at index {length - 1}",
                 )
-            require(
-                length == 1 or row[length - 1].any(),
-                f"{text}: its last token stays clean; the mask is one too short",
-            )
+                raise CheckFailed(f"{text}: padding has noise; only the first {length} tokens should have it")
+            last = length == 1 or row[length - 1].any()
+            require(last, f"{text}: its last token has no noise; the mask is one too short")
             bounds = {
                 "its bound is that of the padded length; each text has its own": seq,
                 "its bound is that of the longest text": max(lengths),
@@ -208,11 +202,11 @@ def check_true_length_noise(answer: Callable[[Tensor, float, Tensor], Tensor]) -
         level = noise[:, :shortest] * given[:, None, None].double().sqrt()
         _require_different(level, what, "every text got the same noise but for its size")
     _require_silent_zero(answer, embeddings, given)
-    return "each text's noise is scaled by its own length, and its padding is clean, for 3 batches"
+    return "each text's noise is scaled by its own length, and padding has none, for 3 batches"
 
 
 class _Model(nn.Module):
-    """An embedding layer, one for places beside it, and a head; keeps what each of the two gave."""
+    """An embedding layer, one for positions, and a head; keeps what the two embedding layers returned."""
 
     def __init__(self):
         super().__init__()
@@ -226,80 +220,37 @@ class _Model(nn.Module):
         return self.head(self.words + self.where)
 
     def noise(self, ids: Tensor) -> Tensor:
-        """What the embedding layer gave beyond its weight's rows, at one pass."""
+        """The embedding layer's output in one pass, less its weight's rows."""
         self(ids)
         require(
             isinstance(self.words, Tensor),
-            f"inside the block the embedding layer gives {type(self.words).__name__}",
+            f"inside the block the embedding layer returns {type(self.words).__name__}",
         )
         return self.words.detach() - F.embedding(ids, self.embed.weight.detach())
 
 
 @check
 def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextManager]) -> str:
-    """Noise inside the block alone, where the model trains and gradients are on; nothing left behind."""
+    """Noise only inside the block, in training with gradients on; nothing stays behind."""
     ids, alpha = torch.randint(40, (3, 12)), 5.0
-    bound = alpha / math.sqrt(12 * 24)
     model = _Model().train()
     weight = model.embed.weight.detach().clone()
     manager = answer(model, alpha)
     require(
         hasattr(manager, "__enter__") and hasattr(manager, "__exit__"),
-        f"embedding_noise(model, alpha) gives {type(manager).__name__}, which `with` cannot use: put @contextmanager above it, "
-        "and yield once inside",
+        f"embedding_noise(model, alpha) returns {type(manager).__name__}, which `with` cannot use: "
+        "put @contextmanager above it, and yield once inside",
     )
     require(not model.noise(ids).any(), "there is noise before the block begins")
     with manager:
-        given = []
-        watch = model.embed.register_forward_hook(
-            lambda _, ids, out: given.append((out, out.detach().clone())), prepend=True
-        )
-        noise = model.noise(ids)
-        watch.remove()
-        require(noise.any(), "no noise in training with gradients on: register the hook on model.get_input_embeddings(), and "
-                "let it *return* the noisy embeddings")  # fmt: skip
-        require(torch.equal(model.embed.weight, weight), "the embedding's weight was changed: the noise would stay in the "
-                "model, and grow; change what the layer gives, not what it is")  # fmt: skip
-        require(torch.equal(*given[0]), "the layer's output was changed in place: whoever else holds it sees the noise; return "
-                "a new tensor")  # fmt: skip
-        require(torch.equal(model.where[0], model.places.weight[:12]), "the places' embedding has noise too: only the layer "
-                "that get_input_embeddings() gives should")  # fmt: skip
-        require(_fits(noise.abs().max().item(), bound), f"the noise reaches {noise.abs().max():.3g}, but its bound should be "
-                f"α/√(L·d) = {bound:.3g}; let neftune_noise draw it")  # fmt: skip
-        require(
-            not torch.equal(model.noise(ids), noise),
-            "two passes got the same noise: draw it anew in the hook",
-        )
-        model(ids).sum().backward()
-        require(
-            model.embed.weight.grad is not None and model.embed.weight.grad.any(),
-            "the embedding gets no gradient: no .detach() or no_grad around what the layer gave",
-        )
-        model.eval()
-        require(
-            not model.noise(ids).any(),
-            "there is noise in eval mode: ask the embedding layer whether it is `.training`",
-        )
-        model.train()
-        with torch.no_grad():
-            quiet = not model.noise(ids).any()
-        require(quiet, "there is noise under torch.no_grad(), where nothing trains: a reference model is computed just so, in "
-                "training mode; ask torch.is_grad_enabled() too")  # fmt: skip
-        model.embed.requires_grad_(False)
-        require(
-            model.noise(ids).any(),
-            "no noise where the embedding is frozen, as it is under LoRA: ask torch.is_grad_enabled(), which says whether "
-            "gradients are on, and not the output's requires_grad",
-        )
-        model.embed.requires_grad_(True)
-        require(model.training, "the block changed the model's mode")
+        _check_inside(model, ids, weight, alpha / math.sqrt(12 * 24))
     _require_clean(model, ids, "after the block")
     with answer(model.eval(), alpha):
         require(not model.training, "the block switched the model to training; leave its mode alone")
         require(
-            not model.noise(ids).any(), "there is noise in a model that was in eval mode when the block began"
+            not model.noise(ids).any(), "there is noise although the model was in eval mode before the block"
         )
-    require(not model.training, "after the block the model's mode is another than before it")
+    require(not model.training, "the block changed the model's mode")
     model.train()
     seen = None
     try:
@@ -315,12 +266,66 @@ def check_embedding_noise(answer: Callable[[nn.Module, float], AbstractContextMa
     state = torch.get_rng_state()
     with answer(model, 0.0):
         require(not model.noise(ids).any(), "there is noise at alpha=0")
-    require(
-        torch.equal(torch.get_rng_state(), state),
-        "alpha=0 draws random numbers, so the run would not be the baseline",
-    )
+    silent = torch.equal(torch.get_rng_state(), state)
+    require(silent, "alpha=0 draws random numbers, so the run differs from the baseline")
     require(torch.equal(model.embed.weight, weight), "the embedding's weight was changed")
-    return "noise in training alone, with gradients on; hook gone after the block and after an error; weight untouched"
+    return (
+        "noise only in training with gradients on; no hook left after the block or an error; weight unchanged"
+    )
+
+
+def _check_inside(model: _Model, ids: Tensor, weight: Tensor, bound: float) -> None:
+    given = []
+    watch = model.embed.register_forward_hook(
+        lambda _, ids, out: given.append((out, out.detach().clone())), prepend=True
+    )
+    noise = model.noise(ids)
+    watch.remove()
+    require(noise.any(), NONE_IN_TRAINING)
+    require(
+        torch.equal(model.embed.weight, weight),
+        "the embedding's weight was changed, and the noise stays in it and grows; change the layer's output",
+    )
+    require(
+        torch.equal(*given[0]),
+        "the layer's output was changed in place, so others who hold it see the noise: return a new one",
+    )
+    require(
+        torch.equal(model.where[0], model.places.weight[:12]),
+        "the positions' embedding has noise too: only get_input_embeddings()'s layer should",
+    )
+    reach = noise.abs().max().item()
+    require(
+        _fits(reach, bound),
+        f"the noise reaches {reach:.3g}, but its bound should be α/√(L·d) = {bound:.3g}; use neftune_noise",
+    )
+    require(not torch.equal(model.noise(ids), noise), "two passes got the same noise: draw it in the hook")
+    model(ids).sum().backward()
+    require(
+        model.embed.weight.grad is not None and model.embed.weight.grad.any(),
+        "the embedding gets no gradient: no .detach() or no_grad around the layer's output",
+    )
+    model.eval()
+    require(
+        not model.noise(ids).any(),
+        "there is noise in eval mode: ask the embedding layer whether it is `.training`",
+    )
+    model.train()
+    with torch.no_grad():
+        quiet = not model.noise(ids).any()
+    require(
+        quiet,
+        "there is noise under torch.no_grad(), where nothing trains: reference models run like that, in "
+        "training mode; ask torch.is_grad_enabled() too",
+    )
+    model.embed.requires_grad_(False)
+    require(
+        model.noise(ids).any(),
+        "no noise where the embedding is frozen, as under LoRA: ask torch.is_grad_enabled(), not whether the "
+        "output requires a gradient",
+    )
+    model.embed.requires_grad_(True)
+    require(model.training, "the block changed the model's mode")
 
 
 def _require_clean(model: _Model, ids: Tensor, when: str, mend: str = "") -> None:
@@ -333,14 +338,13 @@ def _require_clean(model: _Model, ids: Tensor, when: str, mend: str = "") -> Non
 
 @check
 def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> str:
-    """The base model's log-probabilities, bit for bit, with transformers' noise on; the model left as it was found."""
+    """The base model's log-probabilities with transformers' noise on; the model is unchanged afterwards."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.integrations.neftune import activate_neftune
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=60, num_key_value_heads=2, initializer_range=0.2, **shape)
-    ).eval()
+    config = LlamaConfig(vocab_size=60, num_key_value_heads=2, initializer_range=0.2, **shape)
+    model = LlamaForCausalLM(config).eval()
     add_adapters(model, AdapterConfig(rank=2))
     layers = adapted_layers(model).values()
     for layer in layers:
@@ -365,21 +369,27 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tenso
         )
         require(not got.requires_grad, "the reference carries a gradient: compute it under torch.no_grad()")
         if training and got.shape == clean.shape and not torch.equal(got, clean):
-            require(torch.equal(answer(model, batch), got), "two calls differ: the noise reaches the reference. transformers' "
-                    "hook asks for one thing only, the embedding layer's training mode; take it out of that mode")  # fmt: skip
-        require_close(got, clean, f"the reference of a model in {mode} mode",
-                      {"that is the policy: the adapters are on": policy}, tolerance=1e-6)  # fmt: skip
-        require(model.training is training and all(m.training is training for m in model.modules()),
-                f"the model was in {mode} mode, and is not any more; put it back")  # fmt: skip
+            require(
+                torch.equal(answer(model, batch), got),
+                "two calls differ: the noise reaches the reference. transformers' hook only asks whether the "
+                "embedding layer is in training mode; switch that off",
+            )
+        what, policies = (
+            f"the reference of a model in {mode} mode",
+            {"that is the policy: the adapters are on": policy},
+        )
+        require_close(got, clean, what, policies, tolerance=1e-6)
+        same_mode = all(m.training is training for m in model.modules())
+        require(same_mode, f"the model was in {mode} mode, and is not any more; put it back")
         on = all(layer.enabled for layer in layers)
-        require(on, "the adapters stayed off; `with adapters_disabled(model):` puts them back")
+        require(on, "the adapters stayed off; `with adapters_disabled(model):` turns them on again")
         require(torch.equal(batch["input_ids"], kept), "the batch was changed")
     model.train()
     require(torch.is_grad_enabled(), "gradients stayed off; use `with torch.no_grad():`")
     first, second = (model(ids).logits.detach() for _ in range(2))
     require(
         not torch.equal(first, second),
-        "the noise is gone from training too: the hook has to stay for the policy's pass",
+        "the noise is gone from training too: the policy's pass needs the hook",
     )
     try:
         answer(model, {**batch, "input_ids": ids + 1000})  # no such token: the pass raises
@@ -387,7 +397,7 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Tenso
         require(model.training, "after an error the model stayed in eval mode: put it back in a `finally`")
         require(all(layer.enabled for layer in layers), "after an error the adapters stayed off")
         require(torch.is_grad_enabled(), "after an error gradients stayed off")
-    return "the base model's log-probabilities whatever noise is on, and model, adapters and gradients are as before"
+    return "the base model's log-probabilities without noise; model, adapters and gradients are as before"
 
 
 @check
@@ -396,11 +406,7 @@ def check_parity(
 ) -> str:
     """Yours against transformers' own hook, from the same state of the generator."""
     differences = parity.neftune_against_transformers(noise, manager)
-    for name, difference in differences.items():
-        require(
-            difference < 1e-5,
-            f"{name}: yours and transformers' differ by {difference:.2g} of the largest entry",
-        )
+    require_parity(differences, "transformers'")
     said = (
         f"{name} " + ("bit for bit" if value == 0 else f"to {value:.0e}")
         for name, value in differences.items()

@@ -10,7 +10,7 @@ from spark_ft.lab.checks import check, require, require_close
 
 @check
 def check_label_mask(answer) -> str:
-    """label_mask(prompt_ids, completion_ids) → labels, on rows where the stop token is the padding token too."""
+    """label_mask(prompt_ids, completion_ids) → labels, on rows with the stop token inside the prompt too."""
     stop = 2
     for prompt, completion in (([1, 9, 4, 2], [7, 8, stop]), ([5], [stop]), ([2, 2, 3], [6, 2, 6, stop])):
         labels = answer(prompt, completion)
@@ -25,7 +25,7 @@ def check_label_mask(answer) -> str:
         require(labels != prompt + completion, f"the prompt is trained on {where}: its labels must be −100")
         require(
             labels[n:] != [-100 if token == stop else token for token in completion],
-            f"the stop token is masked out {where}: the model would never learn to end. Mask by place, not by token id",
+            f"the stop token is masked out {where}: the model never learns to stop. Mask by position",
         )
         require(
             labels[n - 1 : -1] != completion,
@@ -35,12 +35,12 @@ def check_label_mask(answer) -> str:
             labels == [-100] * n + completion,
             f"the labels are {labels} {where}; expected {[-100] * n + completion}",
         )
-    return "label_mask trains the completion, stop token and all, and nothing of the prompt"
+    return "label_mask trains the whole completion, stop token included, and nothing of the prompt"
 
 
 @check
 def check_completion_loss(answer) -> str:
-    """completion_loss(logits (seq, vocab), labels (seq,)) against a loop over the labelled places."""
+    """completion_loss(logits (seq, vocab), labels (seq,)) against a loop over the labelled positions."""
     for length, vocab, prompt in ((6, 11, 2), (9, 50, 8), (5, 7, 1)):
         logits = torch.randn(length, vocab)
         labels = torch.randint(vocab, (length,))
@@ -56,11 +56,11 @@ def check_completion_loss(answer) -> str:
             mistakes={
                 "not shifted: row t of the logits predicts token t + 1": unshifted,
                 "summed, not averaged": losses.sum(),
-                "averaged over every place, the masked ones too": losses.sum() / (length - 1),
+                "averaged over every position, the masked ones too": losses.sum() / (length - 1),
                 "the sign is wrong: a loss is −log p": -losses.mean(),
             },
         )
-    return "completion_loss is the mean of −log p over the labelled tokens, each predicted from the place before it"
+    return "completion_loss is the mean of −log p of the labelled tokens, each predicted one position earlier"
 
 
 @check
@@ -77,7 +77,8 @@ def check_loss_parity(answer, model, batch) -> str:
             yours = answer(theirs.logits[0], alone["labels"][0])
         require_close(total / count, theirs.loss, "spark_ft's loss", tolerance=1e-5)
         require_close(yours, theirs.loss, f"your loss of row {row}, beside transformers' own", tolerance=1e-5)
-    return f"yours, spark_ft's and transformers' loss agree on real rows ({yours:.4f}, {total / count:.4f}, {theirs.loss:.4f})"
+    losses = f"{yours:.4f}, {total / count:.4f}, {theirs.loss:.4f}"
+    return f"yours, spark_ft's and transformers' loss agree on real rows ({losses})"
 
 
 @check
@@ -85,22 +86,22 @@ def check_accumulated_loss(answer) -> str:
     """accumulated_loss([(sum, count), …]) against one big batch."""
     for counts in ((3, 40), (5, 5), (1, 2, 90), (7,)):
         parts = [torch.rand(n) for n in counts]
+        means = torch.stack([part.mean() for part in parts])
+        got = answer([(part.sum(), len(part)) for part in parts])
+        require(got is not None, "accumulated_loss returned None; is a return missing?")
         require_close(
-            torch.as_tensor(answer([(part.sum(), len(part)) for part in parts])),
+            torch.as_tensor(got),
             torch.cat(parts).mean(),
             f"the loss of micro-batches with {', '.join(map(str, counts))} tokens",
             mistakes={
-                "a mean of means: a short micro-batch's tokens weigh more than a long one's": torch.stack(
-                    [part.mean() for part in parts]
-                ).mean(),
-                "a sum of means: it grows with the number of micro-batches": torch.stack(
-                    [part.mean() for part in parts]
-                ).sum(),
-                "the sum was divided by the number of micro-batches, not of tokens": torch.cat(parts).sum()
-                / len(parts),
+                "a mean of means: a short micro-batch's tokens weigh more than a long one's": means.mean(),
+                "a sum of means: it grows with the number of micro-batches": means.sum(),
+                "the sum was divided by the number of micro-batches, not of tokens": (
+                    torch.cat(parts).sum() / len(parts)
+                ),
             },
         )
-    return "accumulated_loss is what one big batch would give, however the tokens are cut"
+    return "accumulated_loss equals one big batch's loss, however the tokens are split"
 
 
 @check
@@ -119,7 +120,7 @@ def check_learning_rate(answer) -> str:
         setting = f"for steps={steps}, peak={peak}, warmup={warmup}"
         require(
             got[0] != 0,
-            f"the first step's rate is 0 {setting}: that step is computed for nothing; count from step + 1",
+            f"the first step's rate is 0 {setting}, so that step learns nothing; count from step + 1",
         )
         require(
             warmup == 1 or not math.isclose(got[0], peak),

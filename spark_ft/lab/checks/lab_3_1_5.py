@@ -1,20 +1,18 @@
-"""Checks of lab 3.1.5: each compares with numbers found by brute force or by the plan, and names the mistakes people make."""
+"""Checks of lab 3.1.5: each compares with numbers found by brute force and names people's mistakes."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from spark_ft.adapters import LINEAR
 from spark_ft.lab import parity
-from spark_ft.lab.checks import CheckFailed, check, require, require_close
-from spark_ft.memory.plan import ADAPTERS, CHECKPOINTS, EMBEDDINGS, GRADIENTS, MOMENTS
-from spark_ft.memory.plan import plan_training
-from spark_ft.memory.shapes import SHAPES, known_config
+from spark_ft.lab.checks import CheckFailed, call, check, require, require_close, require_pair
+from spark_ft.memory.shapes import known_config
 from spark_ft.methods.nf4 import NF4_CODE
 
-# the first two neither symmetric nor evenly spaced: a level computed by a formula would be another one
+# The first two are neither symmetric nor evenly spaced, so that levels computed by a formula differ.
 CODES = (NF4_CODE, torch.tensor([-1.0, -0.3, 0.0, 0.1, 0.55, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
 
 
@@ -26,42 +24,34 @@ def check_quantize(answer: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]
             weight = torch.randn(shape) * torch.logspace(-2, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
             blocks = weight.reshape(-1, size)
             what = f"for a weight of {tuple(shape)} in blocks of {size} and a code of {len(code)} levels"
-            codes, absmax = _pair(_run(answer, what, weight.clone(), code, size), what)
+            pair = call(answer, what, weight.clone(), code, size)
+            codes, absmax = require_pair(pair, f"quantize {what} should return two tensors, (codes, absmax)")
             _check_absmax(absmax, weight, blocks, what)
             require(
                 codes.dtype == torch.uint8,
-                f"the codes {what} are {codes.dtype}: make them bytes, `.to(torch.uint8)`, or nothing is saved",
+                f"the codes {what} are {codes.dtype}: make them bytes with `.to(torch.uint8)` to save memory",
             )
             require(
                 codes.shape == blocks.shape,
-                f"the codes {what} have shape {tuple(codes.shape)}, but should be a row for each block, {tuple(blocks.shape)}",
+                f"the codes {what} have shape {tuple(codes.shape)}, but should have a row per block, "
+                f"{tuple(blocks.shape)}",
             )
             require(
                 int(codes.max()) < len(code),
-                f"a code {what} is {int(codes.max())}: they count from 0 to {len(code) - 1}",
+                f"a code {what} is {int(codes.max())}: codes count from 0 to {len(code) - 1}",
             )
             _check_nearest(codes, weight, blocks, code, what)
     return "each number gets its nearest level, each block its own scale, for 3 codes and 4 shapes"
-
-
-def _pair(answer: Any, what: str) -> tuple[Tensor, Tensor]:
-    require(
-        isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(t, Tensor) for t in answer),
-        f"quantize {what} should return two tensors, (codes, absmax), not {type(answer).__name__}",
-    )
-    return tuple(answer)
 
 
 def _check_absmax(absmax: Tensor, weight: Tensor, blocks: Tensor, what: str) -> None:
     largest = blocks.abs().amax(1)
     mistakes = {
         "one scale for the whole weight: each block has its own": weight.abs().max().expand(len(blocks)),
-        "the largest number, not the largest magnitude: a block of negative numbers has a large one too": blocks.amax(
-            1
-        ),
-        "the mean magnitude; numbers beyond it would be cut off": blocks.abs().mean(1),
-        "the standard deviation; numbers beyond it would be cut off": blocks.std(1),
-        "from smallest to largest: the code runs from −1 to 1, so a block is divided by its largest magnitude": (
+        "the largest number, not the largest magnitude: negative numbers count too": blocks.amax(1),
+        "the mean magnitude, which cuts off the numbers beyond it": blocks.abs().mean(1),
+        "the standard deviation, which cuts off the numbers beyond it": blocks.std(1),
+        "from smallest to largest: the code runs from −1 to 1, so divide by the largest magnitude": (
             blocks.amax(1) - blocks.amin(1)
         ),
     }
@@ -70,7 +60,7 @@ def _check_absmax(absmax: Tensor, weight: Tensor, blocks: Tensor, what: str) -> 
         mistakes["the blocks run down the columns; they are consecutive numbers of a row"] = columns
     if absmax.dim() == 2 and absmax.shape[1] == 1:
         raise CheckFailed(
-            f"absmax {what} has shape {tuple(absmax.shape)}: one number a block is enough, ({len(blocks)},)"
+            f"absmax {what} has shape {tuple(absmax.shape)}: one number per block is enough, ({len(blocks)},)"
         )
     require_close(absmax, largest, f"absmax {what}", mistakes)
 
@@ -83,10 +73,10 @@ def _check_nearest(codes: Tensor, weight: Tensor, blocks: Tensor, code: Tensor, 
         return
     steps = (len(code) - 1) / 2
     mistakes = {
-        "the level below, not the nearest: on average that makes every number smaller": (code <= scaled).sum(-1) - 1,
+        "the level below, not the nearest: on average it makes numbers smaller": (code <= scaled).sum(-1) - 1,
         "the level above, not the nearest": (code < scaled).sum(-1),
-        "equally spaced levels: look the level up in `code`": ((scaled.squeeze(-1) + 1) * steps).round().long(),
-        "the numbers are not scaled by their block's absmax before the nearest level is sought": (
+        "equally spaced levels: look them up in `code`": ((scaled.squeeze(-1) + 1) * steps).round().long(),
+        "the numbers are not divided by their block's absmax first": (
             (blocks.unsqueeze(-1) - code).abs().argmin(-1)
         ),
         "the codes are counted from the top": len(code) - 1 - gaps.argmin(-1),
@@ -95,7 +85,7 @@ def _check_nearest(codes: Tensor, weight: Tensor, blocks: Tensor, code: Tensor, 
         ).abs().argmin(-1),
     }  # fmt: skip
     for message, wrong in mistakes.items():
-        # a tie or two may fall the other way
+        # ties may fall the other way
         require(
             (codes.long() != wrong.clamp(0, len(code) - 1)).float().mean() > 0.02,
             f"the codes {what}: {message}",
@@ -110,7 +100,7 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
     for count in (4096, 64, 2):  # the longest first: in it no two mistakes look alike
         codes = torch.randint(16, (count,), dtype=torch.uint8)
         high, low = codes[::2].int(), codes[1::2].int()
-        packed = _run(pack, "pack", codes.clone())
+        packed = call(pack, "pack", codes.clone())
         what = f"packing {count} codes"
         require(
             isinstance(packed, Tensor),
@@ -119,7 +109,7 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
         require(packed.dtype == torch.uint8, f"{what} gives {packed.dtype}: a byte is torch.uint8")
         require(
             packed.shape == (count // 2,),
-            f"{what} gives shape {tuple(packed.shape)}, but two share a byte: ({count // 2},)",
+            f"{what} gives shape {tuple(packed.shape)}, but two codes share a byte: ({count // 2},)",
         )
         half = count // 2
         _same(
@@ -131,13 +121,13 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
                 "neighbours share a byte, codes 0 and 1, 2 and 3, …; not the first half with the second": (
                     codes[:half].int() * 16 + codes[half:]
                 ),
-                "the high half is the first code times 16 (or << 4), and not times 10": high * 10 + low,
+                "the high half is the first code times 16 (or << 4), not times 10": high * 10 + low,
                 "the second code is lost": high * 16,
                 "the first code is lost": low,
                 "the halves overlap: shift the first code by 4 bits, not by 2": high * 4 + low,
             },
         )
-        back = _run(unpack, "unpack", (high * 16 + low).to(torch.uint8))
+        back = call(unpack, "unpack", (high * 16 + low).to(torch.uint8))
         what = f"unpacking {count // 2} bytes"
         require(
             isinstance(back, Tensor),
@@ -157,16 +147,16 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
                 "the low half comes first; the high one was packed first": torch.stack(
                     [low, high], 1
                 ).flatten(),
-                "all high halves, then all low ones; each byte's two codes belong side by side": torch.cat(
-                    [high, low]
+                "all high halves, then all low ones; a byte's two codes belong side by side": (
+                    torch.cat([high, low])
                 ),
-                "all low halves, then all high ones; each byte's two codes belong side by side": torch.cat(
-                    [low, high]
+                "all low halves, then all high ones; a byte's two codes belong side by side": (
+                    torch.cat([low, high])
                 ),
                 "the low half still carries the high one: keep its 4 bits with `& 15` (or `% 16`)": (
                     torch.stack([high, high * 16 + low], 1).flatten()
                 ),
-                "the high half was masked and not shifted: `>> 4` (or `// 16`)": torch.stack(
+                "the high half was masked but not shifted: `>> 4` (or `// 16`)": torch.stack(
                     [high * 16, low], 1
                 ).flatten(),
             },
@@ -195,20 +185,20 @@ def check_dequantize(answer: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]],
             right = levels * absmax[:, None]
             what = f"the weight of {tuple(shape)} from blocks of {size} and a code of {len(code)} levels"
             mistakes = {
-                "the scales are forgotten": levels,
+                "the scales are missing": levels,
                 "the codes were not looked up in `code`": codes * absmax[:, None],
-                "divided by absmax; quantizing divided, so now it is multiplied": levels / absmax[:, None],
+                "divided by absmax; quantizing divides, so dequantizing multiplies": levels / absmax[:, None],
                 "equally spaced levels: look them up in `code`": (
                     (codes / ((len(code) - 1) / 2) - 1) * absmax[:, None]
                 ),
                 "all blocks have the first one's scale": levels * absmax[0],
             }  # fmt: skip
             if blocks == size:
-                mistakes["the scales ran across the columns: absmax[:, None], one for each row of codes"] = (
+                mistakes["the scales run across the columns: absmax[:, None], one per row of codes"] = (
                     levels * absmax
                 )
                 mistakes["transposed"] = right.T
-            got = _run(answer, what, codes, absmax, code, tuple(shape))
+            got = call(answer, what, codes, absmax, code, tuple(shape))
             require_close(
                 got, right.reshape(shape), what, {m: wrong.reshape(shape) for m, wrong in mistakes.items()}
             )
@@ -217,30 +207,30 @@ def check_dequantize(answer: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]],
 
 @check
 def check_bits(answer: Callable[[int, int | None], float]) -> str:
-    """4 bits, and a block's share of its scale, and of the scale's scale."""
+    """4 bits, and a number's share of its block's scale and of that scale's scale."""
     for block, group in ((64, None), (64, 256), (32, None), (128, 256), (64, 16)):
         got = answer(block, group)
         require(got is not None, "bits_per_number returned None; is a return missing?")
+        require(isinstance(got, float | int), f"bits_per_number returned {type(got).__name__}, not a number")
         one, two = 32 / block, 8 / block + (32 / (block * group) if group else 0)
         right = 4 + (two if group else one)
         wrong = {"4 bits are the codes alone: each block stores a scale too": 4.0}
         if group:
             wrong |= {
                 "the scales are in 8 bits now, not 32": 4 + one,
-                "the second level is forgotten: each group of scales has an fp32 scale of its own": 4
-                + 8 / block,
-                "the fp32 scale is one for a whole group of blocks, block_size · group numbers": 4
-                + 8 / block
-                + 32 / group,
-                "both levels are counted in 32 bits; the first one is in 8": 4 + one + 32 / (block * group),
+                "the second level is missing: each group of scales has its own fp32 scale": 4 + 8 / block,
+                "an fp32 scale serves a whole group of blocks, block_size · group numbers": (
+                    4 + 8 / block + 32 / group
+                ),
+                "both levels are counted in 32 bits; the first one has 8": 4 + one + 32 / (block * group),
                 "the second-level scales are fp32, 32 bits, not 8": 4 + 8 / block + 8 / (block * group),
                 "scales of 8 bits and of 32 bits for every block": 4 + 8 / block + one,
             }
         else:
             wrong |= {
                 "without double quantization a scale takes 32 bits, not 8": 4 + 8 / block,
-                "32 bits for every number: a scale is shared by block_size of them": 4 + 32.0,
-                "16 bits a scale; they are kept in fp32": 4 + 16 / block,
+                "32 bits for every number: block_size of them share a scale": 4 + 32.0,
+                "16 bits per scale; scales are in fp32": 4 + 16 / block,
             }
         wrong["bytes, not bits"] = right / 8
         given = f"{got} for block_size={block}, scales_per_group={group}"
@@ -251,86 +241,101 @@ def check_bits(answer: Callable[[int, int | None], float]) -> str:
     return "codes, scales, and the scales' scales, for 5 settings"
 
 
+BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a doubly quantized NF4 weight, its share of the scales included
+
+
+def _counted_terms(config: PretrainedConfig, rank: int, length: int) -> dict[str, float]:
+    """Bytes per term, from one decoder layer on the meta device, which takes no memory."""
+    layers = config.num_hidden_layers
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(one_layer)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in tables]
+    note = sum(rank * (m.in_features + m.out_features) for m in linear)
+    return {
+        "linear layers": layers * sum(m.weight.numel() for m in linear) * BITS / 8,
+        "embeddings and head": sum(table.weight.numel() for table in tables) * 2,
+        "notes": layers * note * 2 * 4,  # weights, gradients and AdamW's two moments, in bf16
+        "checkpoints": (layers + 1)
+        * length
+        * config.hidden_size
+        * 2,  # each layer's input, and the last output
+    }
+
+
+def _wrong_terms(
+    hidden: int, mlp: int, kv: int, layers: int, vocabulary: int, rank: int, length: int
+) -> dict[str, dict[str, float]]:
+    """Term → message → the bytes that a known mistake gives."""
+    attention, feed_forward = 2 * hidden * (hidden + kv), 3 * hidden * mlp
+    linear, table, stream = layers * (attention + feed_forward), vocabulary * hidden, length * hidden
+    no_sharing = layers * (4 * hidden * hidden + feed_forward)
+    two_matrices = layers * (attention + 2 * hidden * mlp)
+    sizes = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp)
+    notes = layers * rank * sizes
+    return {
+        "linear layers": {
+            "bits, not bytes: divide by 8": linear * BITS,
+            "4 bits are the codes alone; with their scales it is 4.127": linear / 2,
+            "not doubly quantized: 4.127 bits, not 4.5": linear * 4.5 / 8,
+            "2 bytes each: that is bf16, not NF4": linear * 2,
+            "key and value are smaller: (kv, hidden), since several heads share them": no_sharing * BITS / 8,
+            "an MLP has three matrices: gate, up and down": two_matrices * BITS / 8,
+            "attention has four matrices, and here only its query and output are counted": (
+                layers * (2 * hidden * hidden + feed_forward) * BITS / 8
+            ),
+            "the MLP is missing": layers * attention * BITS / 8,
+            "the attention is missing": layers * feed_forward * BITS / 8,
+            "that is one layer": (attention + feed_forward) * BITS / 8,
+        },
+        "embeddings and head": {
+            "one table: the head has its own": table * 2,
+            "they are missing": 0,
+            "they are in bf16, not in 4 bits": 2 * table * BITS / 8,
+            "fp32; they are in bf16, 2 bytes": 2 * table * 4,
+        },
+        "notes": {
+            "the notes alone; add their gradients and two moments": notes * 2,
+            "notes and gradients; add the two moments": notes * 4,
+            "one moment is missing: AdamW has two": notes * 6,
+            "fp32; here all four are in bf16, 2 bytes each": notes * 16,
+            "a note is A (rank, in) and B (out, rank), not rank × rank": layers * 7 * rank * rank * 8,
+            "that is one layer": rank * sizes * 8,
+            "key and value are smaller: (kv, hidden)": layers * rank * (8 * hidden + 3 * (hidden + mlp)) * 8,
+            "an MLP has three matrices": layers * rank * (sizes - hidden - mlp) * 8,
+        },
+        "checkpoints": {
+            "add the last layer's output: layers + 1 in all": layers * stream * 2,
+            "bf16 has 2 bytes": (layers + 1) * stream,
+            "fp32; activations are in bf16, 2 bytes": (layers + 1) * stream * 4,
+            "that is one layer": stream * 2,
+            "a layer's input is hidden numbers wide, not mlp": (layers + 1) * length * mlp * 2,
+            "each token has an input: times the length": (layers + 1) * hidden * 2,
+        },
+    }
+
+
 @check
 def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) -> str:
-    """The plan's own terms, which are counted on transformers' models."""
+    """The bytes of each term, counted on transformers' own modules."""
     for name, rank, length in (
         ("Llama-3.3-70B", 16, 2048),
         ("Llama-3.1-8B", 64, 512),
         ("Mistral-7B-v0.3", 8, 1000),
     ):
-        _, hidden, mlp, layers, _, kv_heads, head, vocabulary, _ = SHAPES[name]
-        kv = kv_heads * head
+        config = known_config(name)
+        right = _counted_terms(config, rank, length)
+        hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        kv, vocabulary = config.num_key_value_heads * config.head_dim, config.vocab_size
         shape = {"hidden": hidden, "mlp": mlp, "kv": kv, "layers": layers, "vocabulary": vocabulary}
         what = f"for {name}, rank {rank}, {length} tokens"
-        terms = plan_training(
-            known_config(name), "qlora", length=length, rank=rank, adapter_dtype=torch.bfloat16
-        ).terms
-        right = {
-            "linear layers": terms[LINEAR],
-            "embeddings and head": terms[EMBEDDINGS],
-            "notes": terms[ADAPTERS] + terms[GRADIENTS] + terms[MOMENTS],
-            "checkpoints": terms[CHECKPOINTS],
-        }
         got = answer(shape, rank, length)
         keys = f"qlora_terms should return a dict with the keys {', '.join(right)}"
         require(isinstance(got, dict), f"{keys}, not {type(got).__name__}")
         require(got.keys() == right.keys(), f"{keys}; it has {', '.join(map(str, got))}")
-        bits = 4 + 8 / 64 + 32 / (64 * 256)
-        attention, feed_forward = 2 * hidden * (hidden + kv), 3 * hidden * mlp
-        linear, ins_and_outs = (
-            attention + feed_forward,
-            2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp),
-        )
-        stream = length * hidden * 2
-        wrong = {
-            "linear layers": {
-                "bits, not bytes: divide by 8": layers * linear * bits,
-                "4 bits are the codes alone; with their scales it is 4.127": layers * linear / 2,
-                "not doubly quantized: 4.127 bits, not 4.5": layers * linear * 4.5 / 8,
-                "2 bytes each: that is bf16, not NF4": layers * linear * 2,
-                "key and value are smaller: (kv, hidden), since several heads share them": (
-                    layers * (4 * hidden * hidden + feed_forward) * bits / 8
-                ),
-                "an MLP has three matrices: gate, up and down": layers
-                * (attention + 2 * hidden * mlp)
-                * bits
-                / 8,
-                "attention has four matrices, and here only its query and output are counted": (
-                    layers * (2 * hidden * hidden + feed_forward) * bits / 8
-                ),
-                "the MLP is forgotten": layers * attention * bits / 8,
-                "the attention is forgotten": layers * feed_forward * bits / 8,
-                "that is one layer": linear * bits / 8,
-            },
-            "embeddings and head": {
-                "one table: the head has one of its own": vocabulary * hidden * 2,
-                "forgotten": 0,
-                "they are not in 4 bits, but in bf16": 2 * vocabulary * hidden * bits / 8,
-                "fp32; they are in bf16, 2 bytes": 8 * vocabulary * hidden,
-            },
-            "notes": {
-                "the notes alone; gradient and two moments come to them": layers * rank * ins_and_outs * 2,
-                "notes and gradients; two moments come to them": layers * rank * ins_and_outs * 4,
-                "one moment is forgotten: AdamW has two": layers * rank * ins_and_outs * 6,
-                "fp32; here all four are in bf16, 2 bytes each": layers * rank * ins_and_outs * 16,
-                "a note is A (rank, in) and B (out, rank), not rank × rank": layers * 7 * rank * rank * 8,
-                "that is one layer": rank * ins_and_outs * 8,
-                "key and value are smaller: (kv, hidden)": layers
-                * rank
-                * (8 * hidden + 3 * (hidden + mlp))
-                * 8,
-                "an MLP has three matrices": layers * rank * (ins_and_outs - hidden - mlp) * 8,
-            },
-            "checkpoints": {
-                "and the last layer's output: layers + 1 in all": layers * stream,
-                "bf16 has 2 bytes": (layers + 1) * stream / 2,
-                "fp32; activations are in bf16, 2 bytes": (layers + 1) * stream * 2,
-                "that is one layer": stream,
-                "a layer's input is hidden numbers wide, not mlp": (layers + 1) * length * mlp * 2,
-                "each of the tokens has an input: times the length": (layers + 1) * hidden * 2,
-            },
-        }
+        wrong = _wrong_terms(hidden, mlp, kv, layers, vocabulary, rank, length)
         for term, value in right.items():
             given = got[term]
             require(
@@ -345,7 +350,7 @@ def check_terms(answer: Callable[[dict[str, int], int, int], dict[str, float]]) 
                     f'"{term}" {what} is {given / 1e9:.3f} GB: {message}',
                 )
             raise CheckFailed(f'"{term}" {what} is {given / 1e9:.3f} GB, but should be {value / 1e9:.3f}')
-    return "linear layers, embeddings and head, notes, checkpoints: as the plan counts them on 3 real shapes"
+    return "linear layers, embeddings and head, notes, checkpoints: as counted on 3 real models' modules"
 
 
 @check
@@ -360,14 +365,3 @@ def check_parity(quantize: Callable, pack: Callable, dequantize: Callable) -> st
     require(scales == 1, f"{scales:.1%} of your scales are bitsandbytes'")
     require(difference < 1e-5 or same < 1, f"dequantized, a number is {difference:.2g} off bitsandbytes'")
     return f"{same:.2%} of your bytes and {scales:.0%} of your scales are bitsandbytes' own"
-
-
-def _run(answer: Callable, what: str, *arguments: object) -> Any:
-    """Call, and say on which input PyTorch complained."""
-    try:
-        return answer(*arguments)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        first = str(error).split("\n")[0]
-        raise CheckFailed(f"{what}: PyTorch says “{first}”") from None
