@@ -1,8 +1,8 @@
-"""What only the notebooks use: checks, plots, the builder and the runner. Importing it silences two known messages."""
+"""What only the notebooks use: checks, plots, the builder and the runner; importing it silences two messages."""
 
 from typing import Any
 
-from spark_ft.messages import quiet_known_messages
+from spark_ft.bench import quiet_known_messages
 
 HEADLINE_TYPE = "application/vnd.spark-ft.headline+json"
 

@@ -1,4 +1,4 @@
-"""Side by side with PEFT and TRL, on the same weights and inputs; imported by parity cells only, since PEFT takes seconds."""
+"""Yours and the package's, held to PEFT, TRL, transformers and bitsandbytes on the same weights and inputs."""
 
 import copy
 import tempfile
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
+from spark_ft.bench import peers
 from spark_ft.data.batches import collate_sft
 from spark_ft.embedded import EMBEDDED
 from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
@@ -24,7 +25,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 def lora_against_peft(
     layer_type: type[nn.Module], merge: Callable[[nn.Module], None], rank: int = 8, alpha: float = 24.0
 ) -> dict[str, float]:
-    """A LoRA layer against PEFT's on the same W, A, B and x: relative differences of all that it computes.
+    """Compare a LoRA layer with PEFT's on the same W, A, B and x: relative differences of all that it computes.
 
     Args:
         layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B and base.
@@ -44,7 +45,7 @@ def lora_against_peft(
 def dora_against_peft(
     layer_type: type[nn.Module], merged: Callable[[nn.Module], Tensor], rank: int = 8, alpha: float = 24.0
 ) -> dict[str, float]:
-    """A DoRA layer against PEFT's on the same W, A, B, magnitude and x: relative differences of all that it computes.
+    """Compare a DoRA layer with PEFT's on the same W, A, B, magnitude and x: relative differences of the results.
 
     Args:
         layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B, magnitude and base.
@@ -59,13 +60,9 @@ def dora_against_peft(
 def _against_peft(
     layer_type: type[nn.Module], merged: Callable[[nn.Module], Tensor], rank: int, alpha: float, dora: bool
 ) -> dict[str, float]:
-    from peft import LoraConfig, get_peft_model
-
-    theirs_model = nn.Sequential(nn.Linear(96, 64))
-    base = copy.deepcopy(theirs_model[0])
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"], use_dora=dora)
-    theirs = get_peft_model(theirs_model, config).base_model.model[0]
-    ours = layer_type(base, rank, alpha, 0.0)
+    base = nn.Linear(96, 64)
+    ours = layer_type(copy.deepcopy(base), rank, alpha, 0.0)
+    theirs = peers.peft_layer(base, rank, alpha, dora)
     trained = {
         "A": (ours.lora_A, theirs.lora_A["default"].weight),
         "B": (ours.lora_B, theirs.lora_B["default"].weight),
@@ -97,41 +94,21 @@ def _against_peft(
 def trl_marks(
     records: list[dict[str, Any]], tokenizer, completion_only: bool = False, assistant_only: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """(token ids, whether each is learned) of each row, as TRL's SFT data preparation and collation make them.
+    """Each row's token ids, and whether each is learned, as TRL's SFT data preparation and collation make them.
 
     Args:
         records: rows of messages, or of prompt and completion.
         tokenizer: its chat template renders the messages; `assistant_only` needs one with {% generation %} marks.
         completion_only, assistant_only: TRL's settings of these names; neither learns all tokens.
     """
-    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
 
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)
-    )  # it computes nothing
-    config = SFTConfig(
-        output_dir=tempfile.gettempdir(),  # nothing is written: no step is taken
-        completion_only_loss=completion_only,
-        assistant_only_loss=assistant_only,
-        max_length=None,
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)
+    model = LlamaForCausalLM(config)  # it computes nothing
+    trainer = peers.sft_trainer(
+        model, tokenizer, records, completion_only=completion_only, assistant_only=assistant_only
     )
-    silent = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        trainer = SFTTrainer(
-            model, config, train_dataset=Dataset.from_list(records), processing_class=tokenizer
-        )
-    finally:
-        if not silent:
-            enable_progress_bars()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(records))])
     rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
     return [(ids[real].tolist(), (labels[real] != -100).tolist()) for ids, labels, real in rows]
@@ -140,7 +117,7 @@ def trl_marks(
 def neftune_against_transformers(
     noise: Callable[[Tensor, float], Tensor], manager: Callable[[nn.Module, float], Any], alpha: float = 5.0
 ) -> dict[str, float]:
-    """NEFTune against transformers' own hook, each time from the same state of the generator: relative differences.
+    """Compare NEFTune with transformers' own hook, from the same state of the generator: relative differences.
 
     Args:
         noise: (embeddings, alpha) → noisy embeddings.
@@ -189,34 +166,28 @@ def neftune_against_transformers(
 def nf4_against_bitsandbytes(
     weight: Tensor, packed: Tensor, absmax: Tensor, dequantized: Tensor
 ) -> dict[str, float]:
-    """A weight's NF4 bytes, scales and numbers against bitsandbytes' own, block 64, scales in fp32.
+    """Compare a weight's NF4 bytes, scales and numbers with bitsandbytes' own, block 64, scales in fp32.
 
     Returns:
         shares of bytes and of scales that are equal, and the largest difference of a dequantized number.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    theirs, state = quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+    theirs, state, dequantize = peers.bitsandbytes_nf4(weight, double_quant=False)
     return {
         "bytes equal": _share_equal(packed, theirs),
         "scales equal": _share_equal(absmax, state.absmax),
-        "dequantized, at most": (dequantized - dequantize_4bit(theirs, state)).abs().max().item(),
+        "dequantized, at most": (dequantized - dequantize()).abs().max().item(),
     }
 
 
 def double_quantization_against_bitsandbytes(weight: Tensor, ours: NF4Tensor) -> dict[str, float]:
-    """A doubly quantized weight against bitsandbytes' own.
+    """Compare a doubly quantized weight with bitsandbytes' own.
 
     Returns:
-        shares of bytes and of 8-bit scales that are equal, how far apart two of those codes are at most, and our mean error
-        as a multiple of theirs.
+        shares of equal bytes and of equal 8-bit scales, the largest difference of two of those codes, and our mean
+        error as a multiple of theirs.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    theirs, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    errors = [
-        (numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize_4bit(theirs, state))
-    ]
+    theirs, state, dequantize = peers.bitsandbytes_nf4(weight, double_quant=True)
+    errors = [(numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize())]
     return {
         "bytes equal": _share_equal(ours.packed, theirs),
         "8-bit scales equal": _share_equal(ours.scale_codes, state.absmax),
@@ -238,18 +209,14 @@ def qlora_against_peft(
 ) -> dict[str, Any]:
     """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT.
 
-    Both start from the same 4-bit bytes and scales, a checkpoint that bitsandbytes wrote, and from the same adapters, and
-    see the same batches, in fp32, with AdamW.
+    Both start from one checkpoint, which bitsandbytes wrote, and from the same adapters, and train on the same
+    batches, in fp32, with AdamW.
 
     Returns:
-        the share of those bytes that spark_ft's own quantization gives too, and the losses of each step, ours and theirs.
+        the share of its 4-bit bytes that spark_ft's own quantization gives too; each step's losses, ours and theirs.
     """
-    from peft import PeftModel
-
-    from spark_ft.bench.harness import bitsandbytes_model, four_bit_folder
-
-    ours, tokenizer = load_model(str(four_bit_folder()), dtype=torch.float32)
-    theirs, _ = bitsandbytes_model(four_bit_folder())
+    ours, tokenizer = load_model(str(peers.four_bit_folder()), dtype=torch.float32)
+    theirs, _ = peers.bitsandbytes_model(peers.four_bit_folder())
     by_us, _ = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
     quantized = {name: layer.weight for name, layer in by_us.named_modules() if isinstance(layer, NF4Linear)}
     bytes_equal = [
@@ -257,9 +224,7 @@ def qlora_against_peft(
     ]
     add_adapters(ours, AdapterConfig(rank=rank, alpha=2 * rank)).train()
     with tempfile.TemporaryDirectory() as folder:
-        theirs = PeftModel.from_pretrained(
-            theirs, str(save_adapters(ours, folder)), is_trainable=True
-        ).train()
+        theirs = peers.peft_model(theirs, str(save_adapters(ours, folder)))
 
     def our_loss(batch: dict[str, Tensor]) -> Tensor:
         total, count = sft_loss(ours, batch)

@@ -8,12 +8,11 @@ from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.data.batches import collate_sft, sft_batches
-from spark_ft.data.chat import IGNORE
 from spark_ft.embedded import EMBEDDED
 from spark_ft.lab.kitchen import ADAPTER
 from spark_ft.methods.neftune import neftune
 from spark_ft.models import load_model, load_tokenizer
-from spark_ft.scoring import packed_row, sft_loss
+from spark_ft.scoring import completion_hidden, head_logits, sft_loss
 from spark_ft.training import History, TrainConfig, cosine, train
 
 TRAIN, VALIDATION, TEST = (f"data/kitchen_tickets/{split}.jsonl" for split in ("train", "validation", "test"))
@@ -77,8 +76,8 @@ def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: i
     for start in range(0, len(records), batch_size):
         batch = collate_sft(records[start : start + batch_size], tokenizer)
         batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-        hidden, target, rows = _completion_hidden(model, batch)
-        logits = model.get_output_embeddings()(hidden).float()
+        hidden, target, rows = completion_hidden(model, batch)
+        logits = head_logits(model)(hidden).float()
         loss += F.cross_entropy(logits, target, reduction="sum").item()
         hit = logits.argmax(-1) == target
         right += hit.tolist()
@@ -90,15 +89,3 @@ def held_out(model: nn.Module, tokenizer, records: Sequence[dict], batch_size: i
         "token accuracy": sum(right) / len(right),
         "exact match": sum(whole) / len(whole),
     }
-
-
-def _completion_hidden(model, batch):
-    predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
-    if row := packed_row(model, batch):  # all rows in one, their common beginning computed once
-        places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
-        hidden = model.base_model(row.ids, **places, use_cache=False).last_hidden_state[0]
-        hidden = hidden[row.places[predicts]]
-    else:
-        padded = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        hidden = padded.last_hidden_state[predicts]
-    return hidden, batch["labels"].roll(-1, 1)[predicts], predicts.nonzero()[:, 0]
