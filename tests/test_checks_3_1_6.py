@@ -1,18 +1,17 @@
-"""Every check of lab 3.1.6 passes right answers in several styles and names each wrong one that people really give."""
+"""Every check of lab 3.1.6 passes the right answers and names each wrong one that people really give."""
 
 import copy
 import random
 import re
 from collections import Counter
 
-import pytest
 import torch
+from helpers import accepts, printed_by, refuses
 
 from spark_ft.data.cleaning import drop_leaked
 from spark_ft.data.formats import GENERATION_TEMPLATE, messages_to_sharegpt, sharegpt_to_messages
 from spark_ft.data.records import read_records
 from spark_ft.files import ROOT
-from spark_ft.lab.checks import CheckFailed
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import lab_3_1_6 as study
 from spark_ft.models import load_tokenizer
@@ -20,36 +19,31 @@ from spark_ft.models import load_tokenizer
 ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 SPEAKER = {role: name for name, role in ROLE.items()}
 
-
-def refuse(check, match, *answers):
-    for _ in range(3):
-        with pytest.raises(CheckFailed, match=match):
-            check(*answers)
+# ── exercise 1 ──
 
 
-def passes(check, capsys, *answers):
-    for _ in range(20):
-        check(*answers)
-    assert capsys.readouterr().out.count("✓") == 20
+def without(row, field):
+    return {key: value for key, value in row.items() if key != field}
 
 
-# ── exercise 1 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def there(row, role=ROLE.get, text=lambda value: value, turns=lambda turns: turns, keep=lambda row: row):
-    rest = {key: value for key, value in row.items() if key != "conversations"}
-    messages = [
-        {"role": role(turn["from"]), "content": text(turn["value"])} for turn in turns(row["conversations"])
-    ]
-    return {**keep(rest), "messages": messages}
+def there(row, role=ROLE.get, text=lambda value: value, turns=lambda turns: turns):
+    messages = [{"role": role(t["from"]), "content": text(t["value"])} for t in turns(row["conversations"])]
+    return {**without(row, "conversations"), "messages": messages}
 
 
 def back(row, role=SPEAKER.get):
-    rest = {key: value for key, value in row.items() if key != "messages"}
-    return {
-        **rest,
-        "conversations": [{"from": role(m["role"]), "value": m["content"]} for m in row["messages"]],
-    }
+    turns = [{"from": role(m["role"]), "value": m["content"]} for m in row["messages"]]
+    return {**without(row, "messages"), "conversations": turns}
+
+
+def to_messages(**parts):
+    """The right answer with one of its parts changed."""
+    return lambda row: there(row, **parts)
+
+
+def with_messages(change):
+    """The right row, `change` done to its list of messages at last."""
+    return lambda row: {**there(row), "messages": change(there(row)["messages"])}
 
 
 def popping(row):
@@ -61,228 +55,167 @@ def popping(row):
 def renaming_turns(row):
     for turn in row["conversations"]:
         turn["role"], turn["content"] = ROLE[turn.pop("from")], turn.pop("value")
-    return {
-        **{key: value for key, value in row.items() if key != "conversations"},
-        "messages": row["conversations"],
-    }
+    return {**without(row, "conversations"), "messages": row["conversations"]}
 
 
-def by_place(row):
-    turns = [turn for turn in row["conversations"] if turn["from"] != "system"]
-    first = [
-        {"role": "system", "content": turn["value"]}
-        for turn in row["conversations"]
-        if turn["from"] == "system"
-    ]
-    rest = {key: value for key, value in row.items() if key != "conversations"}
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": turn["value"]} for i, turn in enumerate(turns)
-    ]
-    return {**rest, "messages": first + messages}
+def by_place(messages):
+    system = [m for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    return system + [{**m, "role": ("user", "assistant")[i % 2]} for i, m in enumerate(others)]
 
 
-def test_sharegpt_right(capsys):
-    passes(checks.check_sharegpt, capsys, there, back)
-    passes(checks.check_sharegpt, capsys, sharegpt_to_messages, messages_to_sharegpt)
-    passes(checks.check_sharegpt, capsys, lambda row: popping(copy.deepcopy(row)), back)
+def no_system(turns):
+    return [turn for turn in turns if turn["from"] != "system"]
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (lambda row: None, "to_messages returned None; is a return missing"),
-        (lambda row: there(row)["messages"], "to_messages returned list; a row"),
-        (
-            lambda row: there(row, role=lambda name: name),
-            r"\"role\" is \['(human|system)'\]; here the speakers are called",
-        ),
-        (
-            lambda row: there(row, role={"human": "user", "gpt": "bot", "system": "system"}.get),
-            r"\"role\" is \['bot'\]",
-        ),
-        (
-            lambda row: there(row, role={"human": "user", "gpt": "assistant"}.__getitem__),
-            "no entry for 'system'.*may begin",
-        ),
-        (lambda row: there(row, text=str.strip), "lost the white space at its ends"),
-        (lambda row: there(row, text=lambda value: " ".join(value.split()) + " "), "never touches the text"),
-        (
-            lambda row: there(row, turns=lambda turns: [t for t in turns if t["from"] != "system"]),
-            "system turn is dropped",
-        ),
-        (
-            lambda row: there(row, turns=lambda turns: turns[:2]),
-            "turns went in and 2 came out|system turn is dropped",
-        ),
-        (lambda row: there(row, turns=lambda turns: turns[::-1]), "reverse order"),
-        (lambda row: {"messages": there(row)["messages"]}, "id, tags is lost"),
-        (lambda row: {**row, **there(row)}, '"conversations" is still there'),
-        (lambda row: {**there(row), "conversation": there(row)["messages"]}, "not all of it was in the row"),
-        (lambda row: {**row, "conversations": there(row)["messages"]}, 'there is no "messages"'),
-        (
-            lambda row: {
-                **there(row),
-                "messages": [[m["role"], m["content"]] for m in there(row)["messages"]],
-            },
-            'must have "role"',
-        ),
-        (
-            lambda row: {**there(row), "messages": [{"role": m["role"]} for m in there(row)["messages"]]},
-            'and "content", not',
-        ),
-        (lambda row: {**there(row), "messages": tuple(there(row)["messages"])}, "must be a list of turns"),
-        (popping, "changed the row it was given"),
-        (renaming_turns, "changed the row it was given"),
-        (by_place, "not from its place: two questions may follow"),
-        (lambda row: {**there(row), "id": str(row["id"])}, "not all of it was in the row"),
-    ],
-)
-def test_to_messages_mutants(mutant, message):
-    refuse(checks.check_sharegpt, message, mutant, back)
+TO_MESSAGES_MUTANTS = [
+    ("to_messages returned None; is a return missing", lambda row: None),
+    ("to_messages returned list; a row", lambda row: there(row)["messages"]),
+    (r"\"role\" is \['(human|system)'\]; here the speakers are called", to_messages(role=lambda name: name)),
+    (r"\"role\" is \['bot'\]", to_messages(role={**ROLE, "gpt": "bot"}.get)),
+    (
+        "no entry for 'system'.*may begin",
+        to_messages(role={"human": "user", "gpt": "assistant"}.__getitem__),
+    ),
+    ("lost the white space at its ends", to_messages(text=str.strip)),
+    ("never touches the text", to_messages(text=lambda value: " ".join(value.split()) + " ")),
+    ("system turn is dropped", to_messages(turns=no_system)),
+    ("turns went in and 2 came out|system turn is dropped", to_messages(turns=lambda turns: turns[:2])),
+    ("reverse order", to_messages(turns=lambda turns: turns[::-1])),
+    ("id, tags is lost", lambda row: {"messages": there(row)["messages"]}),
+    ('"conversations" is still there', lambda row: {**row, **there(row)}),
+    ("not all of it was in the row", lambda row: {**there(row), "conversation": there(row)["messages"]}),
+    ("not all of it was in the row", lambda row: {**there(row), "id": str(row["id"])}),
+    ('there is no "messages"', lambda row: {**row, "conversations": there(row)["messages"]}),
+    ('must have "role"', with_messages(lambda messages: [[m["role"], m["content"]] for m in messages])),
+    ('and "content", not', with_messages(lambda messages: [{"role": m["role"]} for m in messages])),
+    ("must be a list of turns", with_messages(tuple)),
+    ("changed the row it was given", popping),
+    ("changed the row it was given", renaming_turns),
+    ("not from its place: two questions may follow", with_messages(by_place)),
+]
+TO_SHAREGPT_MUTANTS = [
+    (
+        r"to_sharegpt: \"from\" is \['user'\]; here .* system, human, gpt",
+        lambda row: back(row, lambda role: role),
+    ),
+    (r"\"from\" is \[None\]", lambda row: back(row, {"user": "human", "assistant": "gpt"}.get)),
+    ("to_sharegpt: id, tags is lost", lambda row: {"conversations": back(row)["conversations"]}),
+    ('"messages" is still there', lambda row: {**row, **back(row)}),
+    ("to_sharegpt returned None", lambda row: None),
+    ("to_sharegpt has no entry for 'conversations': the row has", there),
+]
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (
-            lambda row: back(row, role=lambda role: role),
-            r"to_sharegpt: \"from\" is \['user'\]; here .* system, human, gpt",
-        ),
-        (lambda row: back(row, role={"user": "human", "assistant": "gpt"}.get), r"\"from\" is \[None\]"),
-        (lambda row: {"conversations": back(row)["conversations"]}, "to_sharegpt: id, tags is lost"),
-        (lambda row: {**row, **back(row)}, '"messages" is still there'),
-        (lambda row: None, "to_sharegpt returned None"),
-        (there, "to_sharegpt has no entry for 'conversations': the row has"),
-    ],
-)
-def test_to_sharegpt_mutants(mutant, message):
-    refuse(checks.check_sharegpt, message, there, mutant)
+def test_sharegpt():
+    accepts(
+        checks.check_sharegpt,
+        (there, back),
+        (sharegpt_to_messages, messages_to_sharegpt),
+        (lambda row: popping(copy.deepcopy(row)), back),
+        times=20,
+    )
+    refuses(checks.check_sharegpt, [(text, (mutant, back)) for text, mutant in TO_MESSAGES_MUTANTS], times=3)
+    refuses(checks.check_sharegpt, [(text, (there, mutant)) for text, mutant in TO_SHAREGPT_MUTANTS], times=3)
 
 
-# ── exercise 2 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 2 ──
 
 
 def spans(ids, head, end):
     """(place of the head, place of the first token, place of the end mark) of every answer."""
-    found = []
-    for i in range(len(ids) - len(head)):
-        if ids[i : i + len(head)] == head and end in ids[i + len(head) :]:
-            found.append((i, i + len(head), ids.index(end, i + len(head))))
-    return found
+    starts = [i for i in range(len(ids) - len(head)) if ids[i : i + len(head)] == head]
+    after = [(i, i + len(head)) for i in starts]
+    return [(i, first, ids.index(end, first)) for i, first in after if end in ids[first:]]
 
 
 def marked(ids, ranges):
     return [any(start <= i < stop for start, stop in ranges) for i in range(len(ids))]
 
 
-def mask(ids, head, end):
-    return marked(ids, [(first, last + 1) for _, first, last in spans(ids, head, end)])
+def masks(ranges):
+    """A mask of the ranges that `ranges` makes of all (head, first token, end mark)."""
+    return lambda ids, head, end: marked(ids, ranges(spans(ids, head, end)))
 
 
-def by_state(ids, head, end):
-    marks, inside, i = [], False, 0
-    while i < len(ids):
-        if not inside and ids[i : i + len(head)] == head:
-            marks += [0] * len(head)
-            i, inside = i + len(head), True
-            continue
+mask = masks(lambda found: [(first, last + 1) for _, first, last in found])
+
+
+def after_mask(change):
+    """The right mask, changed by change(marks, ids, end) at last."""
+    return lambda ids, head, end: change(mask(ids, head, end), ids, end)
+
+
+def by_state(ids, head, end, fits=None):
+    """The right mask, token by token; `fits(ids before this token)`: an answer begins here."""
+    fits = fits or (lambda before: before[-len(head) :] == head)
+    marks, inside = [], False
+    for i, token in enumerate(ids):
+        inside = inside or fits(ids[:i])
         marks.append(int(inside))
-        inside = inside and ids[i] != end
-        i += 1
+        inside = inside and token != end
     return marks
 
 
-def test_answer_mask_right(capsys):
-    passes(checks.check_answer_mask, capsys, mask)
-    passes(checks.check_answer_mask, capsys, by_state)
-    passes(checks.check_answer_mask, capsys, lambda *a: torch.tensor(mask(*a)))
+def begun(fits):
+    """A mask that begins after what `fits(the tokens before, head)`."""
+    return lambda ids, head, end: by_state(ids, head, end, lambda before: fits(before, head))
 
 
-def words_open(ids, head, end):
-    return checks._scan(ids, head[1:])
+def any_turn(before, head):
+    """Questions, system turns and answers: control token, some role, newline."""
+    return len(before) > 2 and before[-3] == head[0] and before[-1] == head[-1]
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (lambda ids, head, end: None, "is a return missing"),
-        (lambda ids, head, end: mask(ids, head, end)[:-1], "there must be one for each"),
-        (
-            lambda ids, head, end: [i if m else -100 for i, m in zip(ids, mask(ids, head, end), strict=True)],
-            "labels of −100",
-        ),
-        (lambda ids, head, end: [False] * len(ids), "nothing is marked"),
-        (lambda ids, head, end: [True] * len(ids), "everything is marked"),
-        (lambda ids, head, end: [not m for m in mask(ids, head, end)], "wrong way round"),
-        (
-            lambda ids, head, end: marked(ids, [(a, b) for _, a, b in spans(ids, head, end)]),
-            "never learn to stop",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[-1:]]),
-            "only the last answer",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end)[:1]]),
-            "only the first answer",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(h, b + 1) for h, _, b in spans(ids, head, end)]),
-            "head of the answer is marked",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(a, b + 2) for _, a, b in spans(ids, head, end)]),
-            "newline after the end mark",
-        ),
-        (
-            lambda ids, head, end: [m or i == end for m, i in zip(mask(ids, head, end), ids, strict=True)],
-            "of the questions too",
-        ),
-        (
-            lambda ids, head, end: [
-                any(x)
-                for x in zip(*(checks._scan(ids, h) for h in (head, checks.USER, checks.SYSTEM)), strict=True)
-            ],
-            "questions are marked as well",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(spans(ids, head, end)[0][1], len(ids))]),
-            "nothing switches it off",
-        ),
-        (
-            lambda ids, head, end: marked(ids, [(a + 1, b + 1) for _, a, b in spans(ids, head, end)]),
-            "not one token later",
-        ),
-        (lambda ids, head, end: [*mask(ids, head, end)[1:], False], "one place too early"),
-        (lambda ids, head, end: [False, *mask(ids, head, end)[:-1]], "one place too late"),
-        (words_open, "inside a text opens no answer"),
-        (lambda ids, head, end: checks._scan(ids, head[1:2]), "one token of the head"),
-        (lambda ids, head, end: checks._scan(ids, head[:1]), "every turn's first token"),
-        (
-            lambda ids, head, end: marked(ids, [(a, b + 1) for _, a, b in spans(ids, head, end) if b > a]),
-            "is marked wrongly; right is",
-        ),
-    ],
-)
-def test_answer_mask_mutants(mutant, message):
-    refuse(checks.check_answer_mask, message, mutant)
+def labels(ids, head, end):
+    return [i if m else -100 for i, m in zip(ids, mask(ids, head, end), strict=True)]
 
 
-def test_mask_parity_on_the_kitchen_chats(capsys):
+MASK_MUTANTS = [
+    ("is a return missing", lambda ids, head, end: None),
+    ("there must be one for each", after_mask(lambda marks, ids, end: marks[:-1])),
+    ("labels of −100", labels),
+    ("nothing is marked", masks(lambda found: [])),
+    ("everything is marked", lambda ids, head, end: [True] * len(ids)),
+    ("wrong way round", after_mask(lambda marks, ids, end: [not m for m in marks])),
+    ("never learns to stop", masks(lambda found: [(a, b) for _, a, b in found])),
+    ("only the last answer", masks(lambda found: [(a, b + 1) for _, a, b in found[-1:]])),
+    ("only the first answer", masks(lambda found: [(a, b + 1) for _, a, b in found[:1]])),
+    ("head of the answer is marked", masks(lambda found: [(h, b + 1) for h, _, b in found])),
+    ("newline after the end mark", masks(lambda found: [(a, b + 2) for _, a, b in found])),
+    (
+        "of the questions too",
+        after_mask(lambda marks, ids, end: [m or i == end for m, i in zip(marks, ids, strict=True)]),
+    ),
+    ("questions are marked as well", begun(any_turn)),
+    ("stop at the end mark", masks(lambda found: [(found[0][1], 10**9)])),
+    ("not one token later", masks(lambda found: [(a + 1, b + 1) for _, a, b in found])),
+    ("one place too early", after_mask(lambda marks, ids, end: [*marks[1:], False])),
+    ("one place too late", after_mask(lambda marks, ids, end: [False, *marks[:-1]])),
+    ("inside a text opens no answer", begun(lambda before, head: before[-2:] == head[1:])),
+    ("one token of the head", begun(lambda before, head: before[-1:] == head[1:2])),
+    ("every turn's first token", begun(lambda before, head: before[-1:] == head[:1])),
+    ("is wrong; they should be", masks(lambda found: [(a, b + 1) for _, a, b in found if b > a])),
+]
+
+
+def test_answer_mask():
+    accepts(checks.check_answer_mask, mask, by_state, lambda *a: torch.tensor(mask(*a)), times=20)
+    refuses(checks.check_answer_mask, MASK_MUTANTS, times=3)
+
+
+def test_mask_parity_on_the_kitchen_chats():
     tokenizer = copy.deepcopy(load_tokenizer())
     tokenizer.chat_template = GENERATION_TEMPLATE
-    chats = [
-        sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
-    ]
-    checks.check_mask_parity(mask, tokenizer, chats)
-    assert "the same on 40 chats" in capsys.readouterr().out
-    with pytest.raises(CheckFailed, match=r"chat 0: your marks and TRL's differ at token \[\d+\]"):
-        checks.check_mask_parity(
-            lambda *a: marked(a[0], [(f, e) for _, f, e in spans(*a)]), tokenizer, chats[:3]
-        )
+    rows = read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
+    chats = [sharegpt_to_messages(row) for row in rows]
+    assert "the same on 40 chats" in printed_by(checks.check_mask_parity, (mask, tokenizer, chats))
+    no_end = masks(lambda found: [(a, b) for _, a, b in found])
+    differs = r"chat 0: your marks and TRL's differ at token \[\d+\]"
+    refuses(checks.check_mask_parity, [(differs, (no_end, tokenizer, chats[:3]))])
 
 
-# ── exercise 3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 3 ──
 
 
 def grams(text, size=3, pattern=r"\w+", lower=True):
@@ -290,9 +223,27 @@ def grams(text, size=3, pattern=r"\w+", lower=True):
     return [tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1))]
 
 
-def share(a, b, top=lambda x, y: len(x & y), bottom=lambda x, y: len(x | y), **how):
-    x, y = set(grams(a, **how)), set(grams(b, **how))
-    return top(x, y) / bottom(x, y)
+def jaccard(pieces):
+    """|A ∩ B| / |A ∪ B| of what `pieces` makes of each text."""
+
+    def share(a, b):
+        x, y = set(pieces(a)), set(pieces(b))
+        return len(x & y) / len(x | y)
+
+    return share
+
+
+def over(bottom):
+    """The shared trigrams divided by bottom(A, B)."""
+
+    def share(a, b):
+        x, y = set(grams(a)), set(grams(b))
+        return len(x & y) / bottom(x, y)
+
+    return share
+
+
+share = jaccard(grams)
 
 
 def counted(a, b):
@@ -300,81 +251,54 @@ def counted(a, b):
     return (x & y).total() / (x | y).total()
 
 
-def characters(a, b):
-    x, y = ({t.lower()[i : i + 3] for i in range(max(1, len(t) - 2))} for t in (a, b))
-    return len(x & y) / len(x | y)
-
-
-def joined(a, b):
-    x, y = ({" ".join(gram) for gram in grams(text.casefold())} for text in (a, b))
-    return len(x.intersection(y)) / len(x.union(y))
-
-
-def no_short_texts(a, b):
-    x, y = (
-        {tuple(w[i : i + 3]) for i in range(len(w) - 2)}
-        for w in (re.findall(r"\w+", t.lower()) for t in (a, b))
-    )
-    return len(x & y) / len(x | y)
+def no_short_texts(text):
+    return [gram for gram in grams(text) if len(gram) == 3]
 
 
 def short_texts_share_nothing(a, b):
-    x, y = (
-        {tuple(w[i : i + 3]) for i in range(len(w) - 2)}
-        for w in (re.findall(r"\w+", t.lower()) for t in (a, b))
-    )
-    return len(x & y) / len(x | y) if x | y else 0.0
+    return jaccard(no_short_texts)(a, b) if no_short_texts(a) + no_short_texts(b) else 0.0
 
 
-def test_shared_trigrams_right(capsys):
-    passes(checks.check_shared_trigrams, capsys, share)
-    passes(checks.check_shared_trigrams, capsys, joined)
-    passes(checks.check_shared_trigrams, capsys, lambda a, b: int(s) if (s := share(a, b)) in (0, 1) else s)
+# An order of the two texts has to matter in every draw, or these could not be told from each other.
+DIVISOR_MUTANTS = [
+    ("smaller set", over(lambda x, y: min(len(x), len(y)))),
+    ("larger set", over(lambda x, y: max(len(x), len(y)))),
+    ("first text's pieces", over(lambda x, y: len(x))),
+    ("second text's pieces", over(lambda x, y: len(y))),
+]
+SHARE_MUTANTS = [
+    ("is a return missing", lambda a, b: None),
+    ("returned set; a number from 0 to 1", lambda a, b: set(grams(a)) & set(grams(b))),
+    ("capitals count", jaccard(lambda text: grams(text, lower=False))),
+    ("count as parts of words", jaccard(lambda text: grams(text, pattern=r"\S+"))),
+    ("Dice", over(lambda x, y: (len(x) + len(y)) / 2)),
+    ("counts shared pieces twice", over(lambda x, y: len(x) + len(y))),
+    ("repeated trigrams", counted),
+    ("that is the distance", lambda a, b: 1 - share(a, b)),
+    ("single words", jaccard(lambda text: grams(text, size=1))),
+    ("pairs of words", jaccard(lambda text: grams(text, size=2))),
+    (
+        "trigrams of characters",
+        jaccard(lambda text: {text.lower()[i : i + 3] for i in range(max(1, len(text) - 2))}),
+    ),
+    ("return the share", lambda a, b: 100 * share(a, b)),
+    ("number of shared trigrams", over(lambda x, y: 1)),
+    ("every third", jaccard(lambda text: grams(text)[::3])),
+    ("divided by zero; a text of fewer than three words", jaccard(no_short_texts)),
+    ("but should be .* count as one piece", short_texts_share_nothing),
+    ("but should be", lambda a, b: round(share(a, b))),
+]
 
 
-def test_in_every_draw_the_first_text_has_more_pieces_in_some_pairs_and_fewer_in_others():
-    for seed in range(300):  # else "divided by the smaller" and "by the second" could not be told apart
-        sizes = [[len(set(grams(text))) for text in pair] for pair in checks._texts(random.Random(seed))]
-        assert any(a > b for a, b in sizes)
-        assert any(a < b for a, b in sizes)
+def test_shared_trigrams():
+    joined = jaccard(lambda text: [" ".join(gram) for gram in grams(text.casefold())])
+    whole = lambda a, b: int(s) if (s := share(a, b)) in (0, 1) else s  # noqa: E731
+    accepts(checks.check_shared_trigrams, share, joined, whole, times=20)
+    refuses(checks.check_shared_trigrams, SHARE_MUTANTS, times=3)
+    refuses(checks.check_shared_trigrams, DIVISOR_MUTANTS, times=100)
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (lambda a, b: None, "is a return missing"),
-        (lambda a, b: set(grams(a)) & set(grams(b)), "returned set; a number from 0 to 1"),
-        (lambda a, b: share(a, b, lower=False), "capitals count"),
-        (lambda a, b: share(a, b, pattern=r"\S+"), "cling to the words"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: min(len(x), len(y))), "smaller set"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: max(len(x), len(y))), "larger set"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: len(x)), "first text's pieces"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: len(y)), "second text's pieces"),
-        (lambda a, b: 2 * share(a, b, bottom=lambda x, y: len(x) + len(y)), "Dice"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: len(x) + len(y)), "counts twice what both share"),
-        (counted, "repeated trigrams"),
-        (lambda a, b: 1 - share(a, b), "that is the distance"),
-        (lambda a, b: share(a, b, size=1), "single words"),
-        (lambda a, b: share(a, b, size=2), "pairs of words"),
-        (characters, "trigrams of characters"),
-        (lambda a, b: 100 * share(a, b), "return the share"),
-        (lambda a, b: share(a, b, bottom=lambda x, y: 1), "number of shared trigrams"),
-        (
-            lambda a, b: (
-                len(set(grams(a)[::3]) & set(grams(b)[::3])) / len(set(grams(a)[::3]) | set(grams(b)[::3]))
-            ),
-            "every third",
-        ),
-        (no_short_texts, "divided by zero; a text of fewer than three words"),
-        (short_texts_share_nothing, "but should be .* count as one piece"),
-        (lambda a, b: round(share(a, b)), "but should be"),
-    ],
-)
-def test_shared_trigrams_mutants(mutant, message):
-    refuse(checks.check_shared_trigrams, message, mutant)
-
-
-# ── exercise 4 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 4 ──
 
 
 def gap(pair):
@@ -385,11 +309,19 @@ def by_words(pair):
     return len(pair["chosen"].split()) - len(pair["rejected"].split())
 
 
-def balance(pairs, measure=gap, key=lambda pair: abs(gap(pair)), equal=True, fewer=lambda n: n):
-    ordered = sorted(pairs, key=key)
-    longer, shorter = [p for p in ordered if measure(p) > 0], [p for p in ordered if measure(p) < 0]
-    count = fewer(min(len(longer), len(shorter)))
-    return [p for p in ordered if measure(p) == 0] * equal + longer[:count] + shorter[:count]
+def balancer(measure=gap, key=lambda pair: abs(gap(pair)), equal=True, fewer=lambda n: n):
+    """The right answer with one of its parts changed."""
+
+    def balance(pairs):
+        ordered = sorted(pairs, key=key)
+        longer, shorter = [p for p in ordered if measure(p) > 0], [p for p in ordered if measure(p) < 0]
+        count = fewer(min(len(longer), len(shorter)))
+        return [p for p in ordered if measure(p) == 0] * equal + longer[:count] + shorter[:count]
+
+    return balance
+
+
+balance = balancer()
 
 
 def by_popping(pairs):
@@ -411,78 +343,63 @@ def cutting(pairs):
     return pairs
 
 
-def cut_copies(pairs):
-    return cutting(copy.deepcopy(pairs))
-
-
 def random_ones(pairs):
-    return balance(random.sample(pairs, len(pairs)), key=lambda pair: 0)
+    return balancer(key=lambda pair: 0)(random.sample(pairs, len(pairs)))
 
 
 def swapping(pairs):
     return [p if gap(p) <= 0 else {**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]
 
 
-def near_ones(pairs):
-    return [pair for pair in pairs if abs(gap(pair)) < 30]
+BALANCE_MUTANTS = [
+    ("is a return missing", lambda pairs: None),
+    ("all are kept: nothing was balanced", lambda pairs: list(pairs)),
+    ("equal ones are kept|0 of each are kept", lambda pairs: []),
+    ("keep all pairs of equal length", balancer(equal=False)),
+    ("those with the largest difference are kept", balancer(key=lambda pair: -abs(gap(pair)))),
+    ("difference are kept, others with a smaller", random_ones),
+    ("keep as many|equal ones are kept|nothing was balanced", balancer(measure=by_words)),
+    ("keep the equal ones", balancer(key=lambda pair: abs(by_words(pair)))),
+    ("drop no more than necessary", balancer(fewer=lambda n: n // 2)),
+    ("keep as many of both", lambda pairs: [p for p in pairs if gap(p) <= 0]),
+    ("keep as many|of each are kept|smaller one not", lambda pairs: [p for p in pairs if abs(gap(p)) < 30]),
+    ("kept twice", lambda pairs: balance(pairs) * 2),
+    ("reordered", in_place),
+    ("a text was changed: .* never cut", cutting),
+    ("a returned pair is not among the given", lambda pairs: cutting(copy.deepcopy(pairs))),
+    ("chosen and rejected are swapped", swapping),
+]
 
 
-def test_balance_right(capsys):
-    passes(checks.check_balance, capsys, balance)
-    passes(checks.check_balance, capsys, by_popping)
-    passes(checks.check_balance, capsys, lambda pairs: [p for p in pairs if p in balance(pairs)])
+def test_balance():
+    filtered = lambda pairs: [p for p in pairs if p in balance(pairs)]  # noqa: E731
+    accepts(checks.check_balance, balance, by_popping, filtered, times=20)
+    refuses(checks.check_balance, BALANCE_MUTANTS, times=3)
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (lambda pairs: None, "is a return missing"),
-        (lambda pairs: list(pairs), "all are kept: nothing was balanced"),
-        (lambda pairs: [], "equal ones are kept|0 of each are kept"),
-        (lambda pairs: balance(pairs, equal=False), "pairs of equal length give nothing away"),
-        (
-            lambda pairs: balance(pairs, key=lambda pair: -abs(gap(pair))),
-            "those with the largest difference are kept",
-        ),
-        (random_ones, "difference are kept, and others with a smaller"),
-        (
-            lambda pairs: balance(pairs, measure=by_words),
-            "must be as many|equal ones are kept|nothing was balanced",
-        ),
-        (lambda pairs: balance(pairs, key=lambda pair: abs(by_words(pair))), "keep the most equal"),
-        (lambda pairs: balance(pairs, fewer=lambda n: n // 2), "throw away no more than you must"),
-        (lambda pairs: [p for p in pairs if gap(p) <= 0], "as many of the one as of the other"),
-        (near_ones, "as many of the one|of each are kept|smaller one are not"),
-        (lambda pairs: balance(pairs) * 2, "kept twice"),
-        (in_place, "in another order now"),
-        (cutting, "a text was changed: .* never cut"),
-        (cut_copies, "a pair came out that did not go in"),
-        (swapping, "chosen and rejected are swapped"),
-    ],
-)
-def test_balance_mutants(mutant, message):
-    refuse(checks.check_balance, message, mutant)
+# ── exercise 5 ──
 
 
-# ── exercise 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def in_order_of_coming(rows):
+    return list(dict.fromkeys(row["core"] for row in rows))
 
 
-def split(
-    rows,
-    share,
-    seed,
-    names=lambda rows: list(dict.fromkeys(row["core"] for row in rows)),
-    rng=random.Random,
-    stop=0.0,
-):
-    cores = names(rows)
-    rng(seed).shuffle(cores)
-    test, sizes = set(), Counter(row["core"] for row in rows)
-    for core in cores:
-        if sum(sizes[name] for name in test) >= (share + stop) * len(rows):
-            break
-        test.add(core)
-    return [row for row in rows if row["core"] not in test], [row for row in rows if row["core"] in test]
+def splitter(cores=in_order_of_coming, rng=random.Random, stop=lambda share: share):
+    """The right answer with one of its parts changed."""
+
+    def split(rows, share, seed):
+        names, test, sizes = cores(rows), set(), Counter(row["core"] for row in rows)
+        rng(seed).shuffle(names)
+        for core in names:
+            if sum(sizes[name] for name in test) >= stop(share) * len(rows):
+                break
+            test.add(core)
+        return [row for row in rows if row["core"] not in test], [row for row in rows if row["core"] in test]
+
+    return split
+
+
+split = splitter()
 
 
 def by_rows(rows, share, seed):
@@ -502,23 +419,9 @@ def counting_down(rows, share, seed):
     return [row for row in rows if row["id"] not in taken], test
 
 
-def unseeded(rows, share, seed):
-    return split(rows, share, seed, rng=lambda seed: random)
-
-
-def losing(rows, share, seed):
-    train, test = split(rows, share, seed)
-    return train[:-1], test
-
-
-def twice(rows, share, seed):
-    train, test = split(rows, share, seed)
-    return train + test[:1], test
-
-
-def repeated(rows, share, seed):
-    train, test = split(rows, share, seed)
-    return [*train, train[0]], test
+def after_split(change):
+    """The right split, changed by change(train, test) at last."""
+    return lambda *a: change(*split(*a))
 
 
 def in_place_rows(rows, share, seed):
@@ -526,60 +429,41 @@ def in_place_rows(rows, share, seed):
     return split(rows, share, seed)
 
 
-def unshuffled(rows, share, seed):
-    return split(rows, share, 0)
+class Still(random.Random):
+    def shuffle(self, x):
+        pass
 
 
-def first_ones(rows, share, seed):
-    class Still(random.Random):
-        def shuffle(self, x):
-            pass
-
-    return split(rows, share, seed, rng=Still)
-
-
-def test_split_right(capsys):
-    passes(checks.check_split, capsys, split)
-    passes(checks.check_split, capsys, counting_down)
-    passes(
-        checks.check_split,
-        capsys,
-        lambda *a: split(*a, names=lambda rows: sorted({row["core"] for row in rows})),
-    )
-
-
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (lambda rows, share, seed: None, "is a return missing"),
-        (lambda rows, share, seed: split(rows, share, seed)[1], "things; return|must each be a list"),
-        (lambda rows, share, seed: split(rows, share, seed)[::-1], "train and test are swapped"),
-        (
-            lambda rows, share, seed: tuple([r["id"] for r in s] for s in split(rows, share, seed)),
-            "lists? of the rows themselves",
-        ),
-        (by_rows, "cores are on both sides, so test asks what train has answered"),
-        (lambda rows, share, seed: split(rows, 1 - share, seed), "take cores until|swapped"),
-        (lambda rows, share, seed: split(rows, share, seed, stop=0.2), "and then no more"),
-        (lambda rows, share, seed: split(rows, share, seed, stop=-share), "0 rows in test; take cores"),
-        (unseeded, "not with the global generator"),
-        (
-            lambda *a: split(*a, names=lambda rows: list({row["core"] for row in rows})),
-            "another Python process would split",
-        ),
-        (first_ones, "every seed gives the same split"),
-        (unshuffled, "every seed gives the same split"),
-        (in_place_rows, "list that was given in is in another order"),
-        (losing, "1 rows are on neither side"),
-        (twice, "is on both sides"),
-        (repeated, "comes twice on the same side"),
-    ],
-)
-def test_split_mutants(mutant, message):
-    refuse(checks.check_split, message, mutant)
+SPLIT_MUTANTS = [
+    ("is a return missing", lambda rows, share, seed: None),
+    ("things; return|must each be a list", after_split(lambda train, test: test)),
+    ("train and test are swapped", after_split(lambda train, test: (test, train))),
+    (
+        "lists? of the rows themselves",
+        after_split(lambda *sides: tuple([row["id"] for row in side] for side in sides)),
+    ),
+    ("cores are on both sides, so train answers what test asks", by_rows),
+    ("take cores until|swapped", splitter(stop=lambda share: 1 - share)),
+    ("then stop", splitter(stop=lambda share: share + 0.2)),
+    ("0 rows in test; take cores", splitter(stop=lambda share: 0)),
+    ("not the global generator", splitter(rng=lambda seed: random)),
+    ("another Python process splits", splitter(cores=lambda rows: list({row["core"] for row in rows}))),
+    ("every seed gives the same split", splitter(rng=Still)),
+    ("every seed gives the same split", lambda rows, share, seed: split(rows, share, 0)),
+    ("the given list was reordered", in_place_rows),
+    ("1 rows are on neither side", after_split(lambda train, test: (train[:-1], test))),
+    ("is on both sides", after_split(lambda train, test: (train + test[:1], test))),
+    ("twice on the same side", after_split(lambda train, test: ([*train, train[0]], test))),
+]
 
 
-# ── the experiment ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_split():
+    sorted_cores = splitter(cores=lambda rows: sorted({row["core"] for row in rows}))
+    accepts(checks.check_split, split, counting_down, sorted_cores, times=20)
+    refuses(checks.check_split, SPLIT_MUTANTS, times=3)
+
+
+# ── the experiment ──
 
 
 def test_the_three_training_sets_differ_in_what_leaked_and_in_nothing_else():

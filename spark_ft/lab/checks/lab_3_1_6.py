@@ -1,4 +1,4 @@
-"""Checks of lab 3.1.6: conversion both ways, the mask of answers, near-duplicates, balanced lengths, splits by group."""
+"""Checks of lab 3.1.6: conversion both ways, answer masks, near-duplicates, balanced lengths, splits."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def _draw() -> random.Random:
-    """A generator of the check's own, another one each time."""
+    """A generator of the check's own, seeded anew each time."""
     return random.Random(int(torch.randint(2**62, ())))
 
 
@@ -27,7 +27,7 @@ def _returned(value: Any, kind: type | tuple[type, ...], what: str, wanted: str)
     require(isinstance(value, kind), f"{what} returned {type(value).__name__}; {wanted}")
 
 
-# ── exercise 1 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 1 ──
 
 NAMES = {"system": "system", "human": "user", "gpt": "assistant"}
 TEXTS = [
@@ -44,7 +44,7 @@ TEXTS = [
 
 
 def _sharegpt_rows() -> list[Row]:
-    """Chats with and without a system turn, with two questions in a row, and with fields of their own."""
+    """Chats with and without a system turn, with two questions in a row, and with unknown fields."""
     rng, rows = _draw(), []
     texts = itertools.cycle(rng.sample(TEXTS, len(TEXTS)))  # each comes at least once
     for speakers in (
@@ -61,7 +61,7 @@ def _sharegpt_rows() -> list[Row]:
 
 @check
 def check_sharegpt(to_messages: Callable[[Row], Row], to_sharegpt: Callable[[Row], Row]) -> str:
-    """ShareGPT → messages → ShareGPT: roles renamed, everything else as it was, both rows left alone."""
+    """ShareGPT → messages → ShareGPT: roles renamed, the rest unchanged, and the given rows unchanged too."""
     for row in _sharegpt_rows():
         expected = {
             **{key: value for key, value in row.items() if key != "conversations"},
@@ -73,7 +73,7 @@ def check_sharegpt(to_messages: Callable[[Row], Row], to_sharegpt: Callable[[Row
         _same_chat("to_messages", there, expected, "messages", "role", "content", "conversations")
         back = _converted("to_sharegpt", to_sharegpt, expected)
         _same_chat("to_sharegpt", back, row, "conversations", "from", "value", "messages")
-    return "there and back gives the row you had, system turns, white space and unknown fields too"
+    return "there and back gives the same row, with system turns, white space and unknown fields"
 
 
 def _converted(name: str, convert: Callable[[Row], Row], row: Row) -> Row:
@@ -90,7 +90,7 @@ def _converted(name: str, convert: Callable[[Row], Row], row: Row) -> Row:
     _returned(result, dict, name, "a row (a dict) goes in and a row comes out")
     require(
         row == before,
-        f"{name} changed the row it was given: make new dicts, somebody may still need the old one",
+        f"{name} changed the row it was given: make new dicts, since other code may need the old ones",
     )
     return result
 
@@ -99,10 +99,10 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
     require(field in got, f'{name}: there is no "{field}" in {sorted(got)}')
     require(
         old not in got,
-        f'{name}: "{old}" is still there beside "{field}"; two copies of a text will differ one day',
+        f'{name}: "{old}" is still there beside "{field}"; sooner or later two copies differ',
     )
     lost = sorted(key for key in expected if key not in got)
-    require(not lost, f"{name}: {', '.join(lost)} is lost; fields that you don't know stay as they are")
+    require(not lost, f"{name}: {', '.join(lost)} is lost; keep the fields that you don't know")
     turns, wanted = got[field], expected[field]
     _returned(turns, list, f'{name}: "{field}"', "it must be a list of turns")
     require(
@@ -118,20 +118,20 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
     dropped_system = right[0] == "system" and speakers == right[1:]
     require(
         not dropped_system,
-        f"{name}: the system turn is dropped; it is what the model was told before all else",
+        f"{name}: the system turn is dropped; it holds the model's first instructions",
     )
     require(len(turns) == len(wanted), f"{name}: {len(wanted)} turns went in and {len(turns)} came out")
     require(speakers == right or speakers != right[::-1], f"{name}: the turns are in reverse order")
     require(
         speakers == right,
-        f'{name}: "{who}" is {speakers} where it should be {right}; take it from the turn itself, not from its place: '
-        "two questions may follow each other",
+        f'{name}: "{who}" is {speakers}, but should be {right}; take it from the turn itself, not from its '
+        "place: two questions may follow each other",
     )
     for turn, true in zip(turns, wanted, strict=True):
         said, text = turn[what], true[what]
         require(
             said == text or not isinstance(said, str) or said != text.strip(),
-            f"{name}: {text!r} lost the white space at its ends; in code it means something",
+            f"{name}: {text!r} lost the white space at its ends, which has a meaning in code",
         )
         require(said == text, f"{name}: {text!r} became {said!r}; a conversion never touches the text")
     require(
@@ -141,22 +141,20 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
 
 
 def _keys(turns: list[Any]) -> str:
-    return next(
-        (str(sorted(t)) if isinstance(t, dict) else type(t).__name__ for t in turns), "nothing at all"
-    )
+    return next((str(sorted(t)) if isinstance(t, dict) else type(t).__name__ for t in turns), "nothing")
 
 
-# ── exercise 2 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 2 ──
 
 HEAD, END, NEWLINE = [4, 5, 6], 2, 6  # <|im_start|>, "assistant", "\n"; <|im_end|>
 USER, SYSTEM = [4, 7, 6], [4, 8, 6]
 
 
 def _conversation(rng: random.Random, answers: int, waiting: bool) -> tuple[list[int], list[bool]]:
-    """Token ids as ChatML's, and whether each belongs to an answer; `waiting`: the last head has no answer yet."""
+    """ChatML token ids, and whether each belongs to an answer; `waiting`: the last head has no answer yet."""
     ids, learned = [], []
     for head in [SYSTEM] * rng.randint(0, 1) + [USER, HEAD] * answers + [USER] * waiting:
-        # the words "assistant" (5) and "\n" (6) may stand in any text, the control tokens never; an answer may be empty
+        # Any text may contain "assistant" (5) and "\n" (6), but no control token; an answer may be empty.
         text = [rng.choice([5, 6, *range(10, 40)]) for _ in range(rng.randint(0 if head is HEAD else 1, 7))]
         text = rng.choice([text, [5, 6, *text]]) if head is USER else text
         ids += [*head, *text, END, NEWLINE]
@@ -166,7 +164,7 @@ def _conversation(rng: random.Random, answers: int, waiting: bool) -> tuple[list
 
 
 def _scan(ids: list[int], head: list[int]) -> list[bool]:
-    """Marks from after each `head` up to and including the end mark."""
+    """Marks from after each `head` to the end mark, included."""
     marks, inside = [], False
     for i, token in enumerate(ids):
         inside = inside or ids[max(0, i - len(head)) : i] == head
@@ -180,46 +178,39 @@ def _keep(condition: Callable[[int], bool]) -> Callable[[list[int], list[bool]],
 
 
 def _moved(before: int, after: int) -> Callable[[list[int], list[bool]], list[bool]]:
-    """Every answer's span, begun so many places earlier and ended so many later."""
+    """Every answer's span, extended by so many positions."""
     return lambda ids, right: _only([(start - before, end + after) for start, end in _spans(right)], len(ids))
 
 
 MASK_MISTAKES: dict[str, Callable[[list[int], list[bool]], list[bool]]] = {
     "nothing is marked": lambda ids, right: [False] * len(ids),
-    "everything is marked: the model would learn to write the questions too": lambda ids, right: (
-        [True] * len(ids)
-    ),
-    "marked the wrong way round: the answers are left out": lambda ids, right: [not mark for mark in right],
-    "the end mark is not marked: the model would never learn to stop": _keep(lambda token: token != END),
+    "everything is marked: the model learns to write the questions too": lambda ids, right: [True] * len(ids),
+    "marked the wrong way round: the answers are missing": lambda ids, right: [not mark for mark in right],
+    "the end mark is not marked: the model never learns to stop": _keep(lambda token: token != END),
     "only the last answer is marked": lambda ids, right: _only(_spans(right)[-1:], len(ids)),
     "only the first answer is marked": lambda ids, right: _only(_spans(right)[:1], len(ids)),
-    "the head of the answer is marked too; it is written by the template, and never by the model": _moved(
-        len(HEAD), 0
-    ),
-    "the newline after the end mark is marked too; generation has stopped before it": _moved(0, 1),
-    "an answer begins after the whole head, and not one token later": _moved(-1, 0),
+    "the head of the answer is marked too, but the template writes it, not the model": _moved(len(HEAD), 0),
+    "the newline after the end mark is marked too, but generation stops before it": _moved(0, 1),
+    "an answer begins right after the head, not one token later": _moved(-1, 0),
     "the end marks of all turns are marked: those of the questions too": lambda ids, right: [
         mark or token == END for mark, token in zip(right, ids, strict=True)
     ],
     "the questions are marked as well": lambda ids, right: [
         any(marks) for marks in zip(right, _scan(ids, USER), _scan(ids, SYSTEM), strict=True)
     ],
-    "everything from the first answer on is marked: nothing switches it off at the end mark": lambda ids, right: [
+    "everything from the first answer on is marked: stop at the end mark": lambda ids, right: [
         i >= _spans(right)[0][0] for i in range(len(ids))
     ],
-    "marked one place too early: the marks are of the tokens themselves, the model shifts its labels": lambda ids, right: [
-        *right[1:],
-        False,
-    ],
+    "marked one place too early: mark the tokens themselves, the model shifts its labels": (
+        lambda ids, right: [*right[1:], False]
+    ),
     "marked one place too late": lambda ids, right: [False, *right[:-1]],
-    "the word “assistant” inside a text opens no answer: the whole head must match": lambda ids, right: _scan(
-        ids, HEAD[1:]
+    "the word “assistant” inside a text opens no answer: the whole head must match": (
+        lambda ids, right: _scan(ids, HEAD[1:])
     ),
-    "one token of the head was taken for the whole: all of it must match": lambda ids, right: _scan(
-        ids, HEAD[1:2]
-    ),
-    "every turn's first token opens an answer: the whole head must match": lambda ids, right: _scan(
-        ids, HEAD[:1]
+    "one token of the head is not enough: all of it must match": lambda ids, right: _scan(ids, HEAD[1:2]),
+    "every turn's first token opens an answer: the whole head must match": (
+        lambda ids, right: _scan(ids, HEAD[:1])
     ),
 }
 
@@ -237,7 +228,7 @@ def check_answer_mask(answer: Callable[[list[int], list[int], int], list[bool]])
         require(got is not None, "answer_mask returned None; is a return missing?")
         got = list(got)
         require(len(got) == len(ids), f"{len(got)} marks for {len(ids)} tokens; there must be one for each")
-        require(-100 not in got, "there are labels of −100; return True and False, the labels come later")
+        require(-100 not in got, "there are labels of −100; return True and False, not labels")
         found.append([bool(mark) for mark in got])
     for message, mistake in MASK_MISTAKES.items():
         if all(marks == mistake(*chat) for marks, chat in zip(found, chats, strict=True)):
@@ -246,7 +237,7 @@ def check_answer_mask(answer: Callable[[list[int], list[int], int], list[bool]])
         place = next((i for i, pair in enumerate(zip(marks, right, strict=True)) if pair[0] != pair[1]), None)
         require(
             place is None,
-            f"with head {HEAD} and end {END}, place {place} of {ids} is marked wrongly; right is {right}",
+            f"with head {HEAD} and end {END}, the mark at {place} of {ids} is wrong; they should be {right}",
         )
     return "every answer and its end mark, and nothing else"
 
@@ -278,9 +269,7 @@ def check_mask_parity(
     ):
         yours = [bool(mark) for mark in answer(list(ids), list(head), end)]
         ours = all_answers(chat, tokenizer)[1]
-        ours += [False] * (
-            len(ids) - len(ours)
-        )  # TRL keeps the newline after the last end mark, spark_ft cuts it off
+        ours += [False] * (len(ids) - len(ours))  # TRL keeps the newline after the last end mark
         require(ours == theirs, f"chat {number}: spark_ft's marks and TRL's differ")
         differ = [i for i, marks in enumerate(zip(yours, theirs, strict=True)) if marks[0] != marks[1]]
         require(not differ, f"chat {number}: your marks and TRL's differ at token {differ[:1]}")
@@ -290,7 +279,7 @@ def check_mask_parity(
     )
 
 
-# ── exercise 3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 3 ──
 
 
 def _pieces(text: str, size: int = 3, pattern: str = r"\w+", lower: bool = True) -> list[tuple[str, ...]]:
@@ -326,28 +315,24 @@ def _of(**how: Any) -> Callable[[str, str], float]:
 
 SHARE_MISTAKES: dict[str, Callable[[str, str], float]] = {
     "capitals count: lower-case both texts first": _of(lower=False),
-    "commas and full stops cling to the words: take the words by the pattern \\w+": _of(pattern=r"\S+"),
-    "divided by the smaller set: a short text inside a long one is no copy of it; divide by the union": _over(
+    "commas and full stops count as parts of words: use the pattern \\w+": _of(pattern=r"\S+"),
+    "divided by the smaller set, so a short text inside a long one is a copy; divide by the union": _over(
         lambda x, y: min(len(x), len(y))
     ),
     "divided by the larger set; divide by the union": _over(lambda x, y: max(len(x), len(y))),
-    "divided by the first text's pieces; divide by the union, so that the order does not matter": _over(
-        lambda x, y: len(x)
-    ),
-    "divided by the second text's pieces; divide by the union, so that the order does not matter": _over(
-        lambda x, y: len(y)
-    ),
+    "divided by the first text's pieces, so order matters; divide by the union": _over(lambda x, y: len(x)),
+    "divided by the second text's pieces, so order matters; divide by the union": _over(lambda x, y: len(y)),
     "that is Dice's coefficient, 2|A ∩ B| / (|A| + |B|); divide by the union": _over(
         lambda x, y: (len(x) + len(y)) / 2
     ),
-    "divided by |A| + |B|, which counts twice what both share": _over(lambda x, y: len(x) + len(y)),
+    "divided by |A| + |B|, which counts shared pieces twice": _over(lambda x, y: len(x) + len(y)),
     "repeated trigrams are counted each time; a set holds each once": _counted,
     "that is the distance, 1 − the share": lambda a, b: 1 - _of()(a, b),
-    "those are single words; the order must count: take three in a row": _of(size=1),
+    "those are single words, in any order; take three in a row": _of(size=1),
     "those are pairs of words; take three in a row": _of(size=2),
     "those are trigrams of characters; take words": lambda a, b: _jaccard(_characters(a), _characters(b)),
-    "every third trigram only: the windows must overlap": lambda a, b: _jaccard(
-        _pieces(a)[::3], _pieces(b)[::3]
+    "every third trigram only: the windows must overlap": (
+        lambda a, b: _jaccard(_pieces(a)[::3], _pieces(b)[::3])
     ),
     "a number from 0 to 100; return the share": lambda a, b: 100 * _of()(a, b),
     "the number of shared trigrams; divide it by that of all": _over(lambda x, y: 1),
@@ -355,7 +340,7 @@ SHARE_MISTAKES: dict[str, Callable[[str, str], float]] = {
 
 
 def _texts(rng: random.Random) -> list[tuple[str, str]]:
-    """Pairs of texts: equal, unrelated, short, and edited with capitals, commas and a stretch that comes twice."""
+    """Pairs of texts: equal, unrelated, short, and edited with capitals, commas and a repeated stretch."""
     words = [f"w{i}" for i in range(12)]
 
     def text(count: int) -> str:
@@ -369,7 +354,7 @@ def _texts(rng: random.Random) -> list[tuple[str, str]]:
         ("leek soup", "leek"),
         ("Soup", "ham and eggs"),
     ]
-    for i in range(16):  # of four pairs the first text is the longer one in one, and the second in another
+    for i in range(16):  # in one of four pairs the first text is the longer one, in another the second
         whole = text(rng.randint(6, 14))
         edited = [rng.choice([word.lower(), word.upper()]) for word in whole.split(" ")]
         edited[rng.randrange(len(edited))] = "other"
@@ -402,11 +387,8 @@ def check_shared_trigrams(answer: Callable[[str, str], float]) -> str:
         require(not explained(mistake), message)
     for got, (a, b) in zip(found, pairs, strict=True):
         right = _of()(a, b)
-        short = (
-            "; fewer than three words count as one piece"
-            if min(len(_pieces(a)[0]), len(_pieces(b)[0])) < 3
-            else ""
-        )
+        few = min(len(_pieces(a)[0]), len(_pieces(b)[0])) < 3
+        short = "; fewer than three words count as one piece" if few else ""
         require(
             math.isclose(got, right, abs_tol=1e-9),
             f"{got:.3g} for {a!r} and {b!r}, but should be {right:.3g}{short}",
@@ -414,7 +396,7 @@ def check_shared_trigrams(answer: Callable[[str, str], float]) -> str:
     return f"|A ∩ B| / |A ∪ B| of word trigrams, on {len(pairs)} pairs of texts"
 
 
-# ── exercise 4 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 4 ──
 
 
 def _gap(pair: Row) -> int:
@@ -429,7 +411,7 @@ def _balanced(pairs: list[Row]) -> list[Row]:
 
 
 def _lengthy_pairs(rng: random.Random, longer: int, shorter: int, equal: int) -> list[Row]:
-    """Pairs with gaps that all differ; a few long words beside many short ones, so that words count otherwise."""
+    """Pairs with distinct gaps; few long words against many short ones, so that counts of words mislead."""
     gaps = rng.sample(range(1, 90), longer + shorter)
     signed = [gap if i < longer else -gap for i, gap in enumerate(gaps)] + [0] * equal
     pairs = []
@@ -452,7 +434,7 @@ def _lengthy_pairs(rng: random.Random, longer: int, shorter: int, equal: int) ->
 
 @check
 def check_balance(answer: Callable[[list[Row]], list[Row]]) -> str:
-    """balance(pairs): as many with the longer answer chosen as with the shorter, the most equal ones kept."""
+    """balance(pairs): as many with the longer answer chosen as with the shorter; the most equal are kept."""
     rng = _draw()
     for longer, shorter, equal in ((6, 3, 1), (2, 7, 0), (4, 4, 2), (5, 0, 2), (0, 0, 3), (9, 5, 1)):
         pairs = _lengthy_pairs(rng, longer, shorter, equal)
@@ -462,13 +444,13 @@ def check_balance(answer: Callable[[list[Row]], list[Row]]) -> str:
         given, before = list(pairs), copy.deepcopy(pairs)
         kept = answer(given)
         _returned(kept, (list, tuple), "balance", "it must be a list of pairs")
-        require(pairs == before, "a text was changed: a pair is taken or left, never cut to length")
+        require(pairs == before, "a text was changed: keep or drop whole pairs, never cut a text")
         require(
             given == pairs,
-            "the list that was given in is in another order now, or shorter: use sorted(), not .sort(), and build a new list",
+            "the given list was reordered or shortened: use sorted(), not .sort(), and build a new list",
         )
         _balance_is_right(list(kept), pairs, what)
-    return "as many longer as shorter, the most equal ones, and nothing else thrown away"
+    return "as many longer as shorter ones, the most equal ones, and no more dropped than necessary"
 
 
 def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
@@ -477,8 +459,8 @@ def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
         swapped = not known and any(
             pair.get("chosen") == p["rejected"] and pair.get("rejected") == p["chosen"] for p in pairs
         )
-        require(not swapped, "chosen and rejected are swapped: that would teach the worse answer")
-        require(known, "a pair came out that did not go in: a pair is taken or left, never changed")
+        require(not swapped, "chosen and rejected are swapped: that teaches the worse answer")
+        require(known, "a returned pair is not among the given ones: keep or drop whole pairs")
     require(len({pair["prompt"] for pair in kept}) == len(kept), "a pair is kept twice")
     right = _balanced(pairs)
     count = {sign: sum(sign * _gap(pair) > 0 for pair in kept) for sign in (1, -1)}
@@ -486,7 +468,7 @@ def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
     equal = sum(_gap(pair) == 0 for pair in kept)
     require(
         equal == sum(_gap(pair) == 0 for pair in pairs),
-        f"{what}, {equal} equal ones are kept: pairs of equal length give nothing away and all stay",
+        f"{what}, {equal} equal ones are kept: keep all pairs of equal length, they show no preference",
     )
     by_words = {
         sign: sum(sign * (len(p["chosen"].split()) - len(p["rejected"].split())) > 0 for p in kept)
@@ -494,13 +476,12 @@ def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
     }
     measured = "; measure characters with len(text), not words" if by_words[1] == by_words[-1] else ""
     if count[1] != count[-1]:
-        message = f"{what}, {count[1]} and {count[-1]} are kept: there must be as many of the one as of the other{measured}"
         require(len(kept) < len(pairs), f"{what}, all are kept: nothing was balanced")
-        raise CheckFailed(message)
+        raise CheckFailed(f"{what}, {count[1]} and {count[-1]} are kept: keep as many of both{measured}")
     fewer = min(every.values())
     require(
         count[1] == fewer,
-        f"{what}, {count[1]} of each are kept, but {fewer} could be: throw away no more than you must",
+        f"{what}, {count[1]} of each are kept, but {fewer} could be: drop no more than necessary",
     )
     ids = {pair["prompt"] for pair in right}
     if {pair["prompt"] for pair in kept} != ids:
@@ -509,21 +490,17 @@ def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
             p["prompt"] for sign in (1, -1) for p in [p for p in farthest if sign * _gap(p) > 0][:fewer]
         }
         worst = unequal | {p["prompt"] for p in pairs if _gap(p) == 0} == {pair["prompt"] for pair in kept}
-        hint = (
-            "those with the largest difference are kept"
-            if worst
-            else "some with a larger difference are kept"
-        )
+        which = "those with the largest difference" if worst else "some with a larger difference"
         raise CheckFailed(
-            f"{what}, {hint}, and others with a smaller one are not; keep the most equal{measured}"
+            f"{what}, {which} are kept, others with a smaller one not: keep the equal ones{measured}"
         )
 
 
-# ── exercise 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exercise 5 ──
 
 
 class _Group(str):
-    """A text whose hash changes as it does from one Python process to the next, so that a set's order changes too."""
+    """A text whose hash, and so a set's order, changes with `salt`, as it does between Python processes."""
 
     salt = 0
 
@@ -542,7 +519,7 @@ def _grouped_rows(rng: random.Random, groups: int, most: int) -> list[Row]:
 
 @check
 def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[Row]]]) -> str:
-    """split_by_core(rows, share, seed): whole cores on either side, in a random order that the seed decides."""
+    """split_by_core(rows, share, seed): whole cores on each side, drawn at random from the seed."""
     rng = _draw()
     for groups, most, share in ((40, 3, 0.2), (25, 5, 0.3), (60, 2, 0.1)):
         rows = _grouped_rows(rng, groups, most)
@@ -551,13 +528,13 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         train, test = _split(answer, rows, share, 0)
         require(
             [row["id"] for row in rows] == ids,
-            "the list that was given in is in another order now; shuffle a copy",
+            "the given list was reordered; shuffle a copy",
         )
         in_train, in_test = ({row["id"] for row in side} for side in (train, test))
         require(not in_train & in_test, f"{what}: row {min(in_train & in_test, default=0)} is on both sides")
         require(
             len(train) == len(in_train) and len(test) == len(in_test),
-            f"{what}: a row comes twice on the same side",
+            f"{what}: a row appears twice on the same side",
         )
         lost = set(ids) - in_train - in_test
         require(not lost, f"{what}: {len(lost)} rows are on neither side")
@@ -571,11 +548,11 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         both = {str(row["core"]) for row in train} & {str(row["core"]) for row in test}
         require(
             not both,
-            f"{what}: {len(both)} cores are on both sides, so test asks what train has answered; draw whole cores, not rows",
+            f"{what}: {len(both)} cores are on both sides, so train answers what test asks; draw whole cores",
         )
         require(
             size <= len(test) < size + largest,
-            f"{what}: {len(test)} rows in test; take cores until it holds {size:.0f} rows, and then no more",
+            f"{what}: {len(test)} rows in test; take cores until it holds {size:.0f} rows, then stop",
         )
         state = random.getstate()
         random.seed(rng.randrange(10**6))
@@ -585,20 +562,21 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
             random.setstate(state)
         require(
             {row["id"] for row in again[1]} == in_test,
-            f"{what}: the same seed gave another split; shuffle with random.Random(seed), not with the global generator",
+            f"{what}: the same seed gave another split; use random.Random(seed), not the global generator",
         )
         _Group.salt += 1
         salted = _split(answer, [{**row} for row in rows], share, 0)
         require(
             {row["id"] for row in salted[1]} == in_test,
-            f"{what}: another Python process would split otherwise: a set has no fixed order; sort it, or use dict.fromkeys",
+            f"{what}: another Python process splits differently, since a set has no fixed order; sort it, or "
+            "use dict.fromkeys",
         )
         others = [{row["id"] for row in _split(answer, rows, share, seed)[1]} for seed in range(1, 6)]
         require(
             any(other != in_test for other in others),
-            f"{what}: every seed gives the same split; shuffle the cores, or test is what happens to come first",
+            f"{what}: every seed gives the same split; shuffle the cores",
         )
-    return "whole cores, every row once, the share that was asked for, the same for the same seed"
+    return "whole cores, every row once, the requested share, and the same split for the same seed"
 
 
 def _split(answer: Callable, rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
