@@ -3,9 +3,12 @@
 Nothing here knows a model's special tokens: every text goes through the tokenizer's own chat template.
 """
 
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
-from spark_ft.data.records import find_fault
+from spark_ft.data.records import REFUSED, Record, find_fault, is_empty
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -13,95 +16,189 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and reading records n
 IGNORE = -100  # the label that transformers' and torch's cross-entropy leave out
 Marked = tuple[list[int], list[bool]]
 
+_OTHER = "give the tokenizer another chat_template"
+_TAG = re.compile(r"(</?[\w|]+>)")
 
-def render(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Token ids of what the model is given and of what it should answer, by the tokenizer's own chat template.
 
-    prompt ids + completion ids = the whole conversation, up to and including the answer's end-of-turn token; what the
-    template writes after that (often a newline) is cut off, since generation stops there.
+class Conversation(NamedTuple):
+    """Turns and tools, as a template takes them; each turn's name in the row, and whether it may be learned."""
+
+    turns: list[dict[str, str]]
+    names: list[str]
+    learnable: list[bool]
+    tools: list[dict] | None
+
+
+def conversation(record: Record, answer: str | None = None) -> Conversation:
+    """A row as turns, the last of them the answer; the text of a `system` field comes first.
 
     Args:
-        record: an "sft" or "feedback" row (prompt, completion), or a "chat" whose last message is the assistant's:
-            that message is the completion, all before it the prompt.
+        record: an "sft", "feedback" or "chat" row; with `answer`, any row that was checked.
+        answer: the field with the answer.
+
+    Raises:
+        ValueError: a bad row; a chat without a last answer; a message with a field that is not rendered.
+    """
+    chat = answer is None and isinstance(record, Mapping) and record.get("messages") is not None
+    if answer is None and (complaint := find_fault(record, "chat" if chat else "sft")):
+        raise ValueError(complaint)
+    if chat:
+        messages = [{k: v for k, v in message.items() if not is_empty(v)} for message in record["messages"]]
+        names = [f'"messages" at [{i}]' for i in range(len(messages))]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError('"messages" must end with an answer by the assistant; add one or drop the row')
+    else:
+        fields = {"prompt": "user", answer or "completion": "assistant"}
+        messages = [{"role": role, "content": record[field]} for field, role in fields.items()]
+        names = [f'"{field}"' for field in fields]
+    for name, message in zip(names, messages, strict=True):
+        # `from` is what sharegpt_to_messages notes for the way back
+        if more := sorted(message.keys() - {"role", "content", "weight", "from"}):
+            mend = {**REFUSED, "train": 'write "weight": 0 or 1'}.get(more[0], "write it into the content")
+            raise ValueError(f'{name} has "{more[0]}", which is not rendered; {mend}, or take it out')
+        if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
+            raise ValueError(f"{name} has the weight {message['weight']!r}; only answers have one, 0 or 1")
+    if not is_empty(record.get("system")):
+        messages, names = [{"role": "system", "content": record["system"]}, *messages], ['"system"', *names]
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    learnable = [message.get("weight") != 0 for message in messages]
+    return Conversation(turns, names, learnable, record.get("tools") or None)
+
+
+def render(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Token ids of what the model is given and of what it should answer, by the tokenizer's own chat template.
+
+    prompt ids + completion ids = the whole conversation, up to and including the answer's end-of-turn token;
+    what the template writes after that (often a newline) is cut off, since generation stops there.
+
+    Args:
+        record: an "sft" or "feedback" row (prompt, completion), or a "chat" whose last message is the
+            assistant's: that is the completion, all before it the prompt. `system` and `tools` beside them
+            are rendered too.
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type, or holds one of the tokenizer's control tokens; the
-            chat does not end with the assistant; the template does not keep the prompt's tokens as a prefix, or does not
-            end the turn.
+        ValueError: with field and mend: a bad row; a control token in a text; a template that fails, leaves
+            out a turn, the tools or a part of the answer (it may trim white space at the answer's and its
+            tags' edges), rewrites the prompt once the answer follows, or does not end the turn.
     """
-    if complaint := find_fault(record, "chat" if "messages" in record else "sft"):
-        raise ValueError(complaint)
-    if "messages" in record:
-        messages = record["messages"]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError('"messages" must end with an answer by the assistant; add one or drop the row')
-        return _render(messages, [f'"messages" at [{i}]: "content"' for i in range(len(messages))], tokenizer)
-    return _render_answer(record, "completion", tokenizer)
+    return render_turns(conversation(record), tokenizer)
 
 
-def _render_answer(record, field: str, tokenizer) -> tuple[list[int], list[int]]:
-    messages = [
-        {"role": "user", "content": record["prompt"]},
-        {"role": "assistant", "content": record[field]},
-    ]
-    return _render(messages, ['"prompt"', f'"{field}"'], tokenizer)
-
-
-def _render(messages: list[dict], fields: list[str], tokenizer) -> tuple[list[int], list[int]]:
-    for message, field in zip(messages, fields, strict=True):
-        for token in tokenizer.all_special_tokens:
-            # the tokenizer cannot tell it from the template's own: the text would end its turn, or open another's
-            if token in message["content"]:
-                raise ValueError(
-                    f"{field} holds the control token {token!r}; take it out or write it otherwise"
-                )
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    if whole[: len(prompt)] != prompt:
+def render_turns(chat: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """`render` for a row that was made a `conversation`."""
+    control = _control_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
+    texts = [turn["content"] for turn in chat.turns]
+    for name, text in zip([*chat.names, '"tools"'], [*texts, str(chat.tools)], strict=True):
+        if found := control.search(text):
+            # the tokenizer cannot tell it from the template's own: the text would end its turn, or open
+            # another's
+            raise ValueError(
+                f"{name} holds the control token {found[0]!r}; take it out or write it otherwise"
+            )
+    prompt = _apply(tokenizer, chat.turns[:-1], chat.tools, prompting=True)
+    whole = _apply(tokenizer, chat.turns, chat.tools)
+    _check_all_is_there(chat, prompt, whole, tokenizer)
+    prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, whole))
+    completion = ids[len(prompt_ids) :]
+    if ids[: len(prompt_ids)] != prompt_ids:
+        mend = "strip it" if texts[-1][0].isspace() else _OTHER
         raise ValueError(
-            "the chat template does not keep the prompt's tokens when the answer follows: "
-            f"an answer that starts with {messages[-1]['content'][:1]!r} may melt into the turn's head; strip it"
+            "the chat template does not keep the prompt's tokens when the answer follows: an answer that starts "
+            f"with {texts[-1][0]!r} may melt into the turn's head; {mend}"
         )
-    completion = whole[len(prompt) :]
     if tokenizer.eos_token_id not in completion:
         raise ValueError(
             f"the chat template does not end the assistant's turn with {tokenizer.eos_token!r}; "
             "set tokenizer.eos_token to the token that does"
         )
-    end = len(completion) - completion[::-1].index(tokenizer.eos_token_id)
-    return prompt, completion[:end]
+    return prompt_ids, completion[: len(completion) - completion[::-1].index(tokenizer.eos_token_id)]
 
 
-def last_answer(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer, size: int, special: tuple[str, ...]) -> re.Pattern:
+    # Llama 3's <|start_header_id|> is in the vocabulary only; `size` and `special` change when tokens are
+    # added
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return re.compile("|".join(map(re.escape, sorted({*special, *added}, key=len, reverse=True))) or r"(?!)")
+
+
+def _apply(tokenizer, turns: list[dict], tools: list[dict] | None, prompting: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat_template; take an instruct model's, or set one")
+    try:
+        return tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompting)
+    except Exception as error:  # a template raises what it likes, and trips over what it does not expect
+        fault = f'the chat template refuses this conversation: "{error}"'
+        raise ValueError(f"{fault}; change what it names, or {_OTHER}") from error
+
+
+def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) -> None:
+    before = chat.turns[:-1]
+    if chat.tools and _apply(tokenizer, before, None, prompting=True) == prompt:
+        raise ValueError(f'the chat template leaves "tools" out; {_OTHER}, or take the field out')
+    for i, turn in enumerate(before):
+        if (
+            turn["content"].strip() not in prompt
+        ):  # spelled as JSON, its reasoning dropped on purpose, or not there?
+            others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
+            if _apply(tokenizer, others, chat.tools, prompting=True) == prompt:
+                raise ValueError(
+                    f"{chat.names[i]}: the chat template leaves it out; {_OTHER}, or take it out"
+                )
+    if not whole.startswith(prompt):
+        raise ValueError(f"the chat template writes the prompt otherwise when an answer follows; {_OTHER}")
+    place = len(prompt)
+    for piece in filter(None, map(str.strip, _TAG.split(chat.turns[-1]["content"]))):
+        if (place := whole.find(piece, place)) < 0:
+            fault = f"the chat template leaves {piece[:40]!r} out"
+            raise ValueError(f"{chat.names[-1]}: {fault}; {_OTHER}, or take it out")
+        place += len(piece)
+
+
+def last_answer(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
     """Token ids of a conversation, and for each whether it is learned: the last answer and its end-of-turn token."""
-    prompt, completion = render(record, tokenizer)
-    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    chat = conversation(record)
+    return _mark(chat, [len(chat.turns) - 1], tokenizer)
 
 
-def all_answers(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, and for each whether it is learned: every answer of the assistant, end-of-turn included.
+def all_answers(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
+    """Token ids of a conversation, and for each whether it is learned: every answer, end-of-turn token included.
+
+    An answer with the weight 0 is not learned.
 
     Raises:
-        ValueError: as `render`; or the template writes an answer otherwise once more turns follow it, as those do that drop
-            the reasoning of earlier turns.
+        ValueError: as `render`; or the template writes an answer otherwise once more turns follow it, as
+            those do that drop the reasoning of earlier turns; or every answer has the weight 0.
     """
-    ids, learned = last_answer(record, tokenizer)
-    messages = record.get("messages", [])
-    for i in range(1, len(messages) - 1):
-        if messages[i]["role"] == "assistant":
-            prompt, answer = render({"messages": messages[: i + 1]}, tokenizer)
-            start, end = len(prompt), len(prompt) + len(answer)
-            if ids[:end] != prompt + answer:
-                raise ValueError(
-                    f"the chat template changes the answer at [{i}] when more turns follow; "
-                    "learn the last answer only, or give the tokenizer a template that keeps the earlier ones"
-                )
-            learned[start:end] = [True] * len(answer)
-    return ids, learned
+    chat = conversation(record)
+    return _mark(chat, [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant"], tokenizer)
 
 
-def whole_conversation(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Marked:
+def whole_conversation(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
     """Token ids of a conversation, all of them learned: what everyone said, and the template's own marks."""
-    ids, _ = last_answer(record, tokenizer)
-    return ids, [True] * len(ids)
+    chat = conversation(record)
+    if not all(chat.learnable):
+        raise ValueError(
+            "an answer with the weight 0 would be learned; learn all_answers, or take the weight out"
+        )
+    prompt, completion = render_turns(chat, tokenizer)
+    return prompt + completion, [True] * len(prompt + completion)
+
+
+def _mark(chat: Conversation, answers: list[int], tokenizer) -> Marked:
+    prompt, completion = render_turns(chat, tokenizer)
+    ids, learned = prompt + completion, [False] * len(prompt + completion)
+    for i in filter(chat.learnable.__getitem__, answers):
+        if i == 0:
+            raise ValueError(f"{chat.names[0]} answers no question; give it the weight 0")
+        if i < len(chat.turns) - 1:
+            until = Conversation(*(part[: i + 1] for part in chat[:3]), chat.tools)
+            prompt, completion = render_turns(until, tokenizer)
+            if ids[: len(prompt + completion)] != prompt + completion:
+                fault = f"{chat.names[i]}: the chat template changes this answer when more turns follow"
+                raise ValueError(f"{fault}; learn the last answer only, or {_OTHER}")
+        learned[len(prompt) : len(prompt + completion)] = [True] * len(completion)
+    if not any(learned):
+        raise ValueError("nothing is learned of a row whose answers have the weight 0; drop it")
+    return ids, learned

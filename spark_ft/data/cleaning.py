@@ -1,21 +1,28 @@
 """Cleaning a data set: each function returns the rows it kept, as they were, and why it dropped the others.
 
-A row is any record: prompt and completion, chosen and rejected, messages, conversations, or instruction, input and output.
-What is compared is a copy; a kept row is the very object that came in, white space and all. None of this knows right from
-wrong: a fluent false answer passes.
+A row is of any kind that `read_records` knows. What is compared is a copy; a kept row is the very object that
+came in. None of this knows right from wrong: a fluent false answer passes.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from operator import eq
+from typing import NamedTuple
 
-Record = dict[str, Any]
-SAME = 0.7  # share of word trigrams from which two texts count as one
+from spark_ft.data.records import KINDS, Record, is_empty, text_fault
+
+SAME = 0.7  # share of trigrams from which two texts count as one
+# Kana, Chinese characters, Thai, Lao, Tibetan, Burmese and Khmer: scripts without spaces between words
+_UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_UNSPACED += "\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")  # a character where a script has no spaces
 
 
 class Dropped(NamedTuple):
-    """A row that was dropped: its index in what came in, the row, the kind of fault, why, and of which row it is a copy."""
+    """A row that was dropped: its index in what came in, itself, its kind of fault, why, and whose copy it is."""
 
     index: int
     record: Record
@@ -25,13 +32,12 @@ class Dropped(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What a clean-up kept, in order and untouched, and what it dropped."""
+    """What a clean-up kept, in order and untouched, and what it dropped; `counts` says for which faults."""
 
     kept: list[Record]
     dropped: list[Dropped]
 
     def counts(self) -> dict[str, int]:
-        """How many rows went for each kind of fault."""
         return dict(Counter(drop.fault for drop in self.dropped))
 
 
@@ -44,7 +50,7 @@ def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned
     """
     rows, held_out, dropped = list(records), list(held_out), []
     places = list(range(len(rows)))
-    steps: list[Callable[[list[Record]], Cleaned]] = [
+    for step in (
         drop_broken_encoding,
         lambda some: drop_leaked(some, held_out),
         drop_exact_duplicates,
@@ -52,49 +58,48 @@ def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned
         drop_refusals,
         drop_repetition,
         drop_cut_off,
-    ]
-    for step in steps:
+    ):
         rows, out = step(rows)
         gone = {drop.index for drop in out}
         for drop in out:
-            # a leaked row is a copy of a held-out one, whose number stays; other copies are of rows that came in
+            # a leaked row is a copy of a held-out one, whose number stays; other copies are of rows that came
+            # in
             copy_of = drop.copy_of if drop.fault == "leaked" or drop.copy_of is None else places[drop.copy_of]
             dropped.append(drop._replace(index=places[drop.index], copy_of=copy_of))
         places = [place for i, place in enumerate(places) if i not in gone]
     return Cleaned(rows, sorted(dropped))
 
 
-# ── copies ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def drop_exact_duplicates(records: Iterable[Record]) -> Cleaned:
-    """Drop rows whose texts (all turns; ids and other fields aside) equal an earlier row's, every space and newline."""
+    """Drop rows whose texts (all turns, and tools) equal an earlier row's, every space and newline."""
     first: dict[tuple, int] = {}
 
     def copy(index: int, record: Record) -> tuple[str, int] | None:
-        original = first.setdefault(_key(record), index)
+        original = first.setdefault((*_key(record), _tools(record)), index)
         return None if original == index else (f"equals row {original}", original)
 
     return _drop(records, "exact_duplicate", copy)
 
 
 def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> Cleaned:
-    """Drop rows that share most of their word trigrams with an earlier row that was kept.
+    """Drop rows that share most of their trigrams with an earlier row that was kept.
 
         |A ∩ B| / |A ∪ B| ≥ threshold
 
-    MinHash with locality-sensitive hashing (datasketch) finds candidates in about linear time, and the share is then counted
-    exactly. Code whose lines are indented otherwise is other code, however alike its words.
+    Trigrams are of words, or of characters where a script has no spaces. MinHash with locality-sensitive
+    hashing (datasketch) finds candidates in about linear time, and the share is then counted exactly. Code
+    whose lines are indented otherwise is other code, and other tools make another row, however alike the
+    words.
 
     Args:
-        threshold: higher drops fewer. Light edits of a sentence or two keep 0.7 and more; unrelated rows share under 0.3.
+        threshold: higher drops fewer. Light edits of a sentence or two keep 0.7; unrelated rows share under
+            0.3.
     """
     index = _Near(threshold)
 
     def copy(i: int, record: Record) -> tuple[str, int] | None:
-        text = "\n".join(_key(record))
-        if found := index.find(text, number=i):
-            return f"shares {found[0]:.0%} of its word trigrams with row {found[1]}", found[1]
+        if found := index.find("\n".join(_key(record)), number=i, tools=_tools(record)):
+            return f"shares {found[0]:.0%} of its trigrams with row {found[1]}", found[1]
         return None
 
     return _drop(records, "near_duplicate", copy)
@@ -108,7 +113,8 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
         threshold: as in `drop_near_duplicates`.
     """
     index, asked = _Near(threshold), {}
-    for i, record in enumerate(held_out):
+
+    def learn(i: int, record: Record) -> None:
         for question, answer in _views(record):
             asked.setdefault(_words_only(question), i)
             index.find(f"{question}\n{answer}", number=i)
@@ -118,53 +124,52 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
             if (same := asked.get(_words_only(question))) is not None:
                 return f"asks what held-out row {same} asks", same
             if found := index.find(f"{question}\n{answer}"):
-                return f"shares {found[0]:.0%} of its word trigrams with held-out row {found[1]}", found[1]
+                return f"shares {found[0]:.0%} of its trigrams with held-out row {found[1]}", found[1]
         return None
 
+    _drop(held_out, "", learn, name="held-out row")
     return _drop(records, "leaked", copy)
 
 
 class _Near:
-    """Texts by number; finds one that shares enough word trigrams with a given one."""
+    """Texts by number; finds one that shares enough trigrams with a given one."""
 
     def __init__(self, threshold: float):
         from datasketch import MinHash, MinHashLSH
 
         self.threshold = threshold
-        # The index only proposes, the exact count decides. Two texts that share a part s of their trigrams are proposed with
-        # probability 1 − (1 − s^r)^(128/r): the longest bands r that miss less than one in a thousand at the threshold.
+        # The index only proposes, the exact count decides. Two texts that share a part s of their trigrams
+        # are proposed with probability 1 − (1 − s^r)^(128/r): the longest bands r that miss less than one in
+        # a thousand at the threshold.
         size = next((r for r in range(8, 1, -1) if (1 - threshold**r) ** (128 // r) < 1e-3), 1)
         self.lsh = MinHashLSH(num_perm=128, params=(128 // size, size))
         self.empty = MinHash(num_perm=128)
-        self.texts: list[tuple[int, set, list[str]]] = []
+        self.texts: list[tuple[int, set, list[str], str]] = []
 
-    def find(self, text: str, number: int | None = None) -> tuple[float, int] | None:
-        """(share of trigrams, number) of the most alike text, the earliest of equals; if None, it is added as `number`."""
+    def find(self, text: str, number: int | None = None, tools: str = "") -> tuple[float, int] | None:
+        """(share of trigrams, number) of the most alike text, the earliest of equals; if None, it becomes `number`."""
         grams, indents, sketch = _trigrams(text), _indents(text), self.empty.copy()
         sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
         best = None
         for place in sorted(self.lsh.query(sketch)):
-            other, others, other_indents = self.texts[place]
+            other, others, other_indents, other_tools = self.texts[place]
             share = len(grams & others) / len(grams | others)
             code = any(indents) or any(other_indents)
-            if (
-                share >= self.threshold
-                and (not code or indents == other_indents)
-                and (not best or share > best[0])
-            ):
+            same = tools == other_tools and (not code or indents == other_indents)
+            if share >= self.threshold and same and (not best or share > best[0]):
                 best = share, other
         if best is None and number is not None:
             self.lsh.insert(len(self.texts), sketch)
-            self.texts.append((number, grams, indents))
+            self.texts.append((number, grams, indents, tools))
         return best
 
 
 def _words_only(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
+    return " ".join(_WORD.findall(text.casefold())) or text
 
 
 def _trigrams(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.casefold()) or [text]
+    words = _WORD.findall(text.casefold()) or [text]
     return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
@@ -172,7 +177,8 @@ def _indents(text: str) -> list[str]:
     return [line[: len(line) - len(line.lstrip())] for line in text.splitlines() if line.strip()]
 
 
-# ── faults of one answer ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── faults of one answer
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 _WHO = r"\b(?:i|we)\b"
 _CANNOT = (
@@ -233,8 +239,9 @@ _ITEM = re.compile(r"^\s*(?:[-*•+]|\d+[.)])\s+")
 def drop_cut_off(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer stops in the middle: in a code fence, in brackets, in a sentence or word, or in a list.
 
-    A last line without a full stop counts only where the lines or sentences before it have theirs, or where it ends in a word
-    that nothing ends with ("and", "the", a comma): titles, lists of names, verses and bare numbers need no full stop.
+    A last line without a full stop counts only where the lines or sentences before it have theirs, or where
+    it ends in a word that nothing ends with ("and", "the", a comma): titles, lists of names, verses and bare
+    numbers need no full stop.
     """
     return _drop_answers(records, "cut_off", _cut_off)
 
@@ -284,7 +291,8 @@ def _ends_in_number(text: str) -> bool:
     return bool(re.search(r"\d[^\w\s]?\s?[^\w\s]?\w{0,3}$", text[-10:]))  # its unit too
 
 
-# What UTF-8 looks like when it was read as cp1252 or Latin-1: a lead byte's character and those of its continuation bytes.
+# What UTF-8 looks like when it was read as cp1252 or Latin-1: a lead byte's character and those of its
+# continuation bytes.
 _CP1252 = {char: byte for byte in range(0x80, 0xA0) if (char := bytes([byte]).decode("cp1252", "ignore"))}
 _BYTE = {**{chr(byte): byte for byte in range(0x80, 0x100)}, **_CP1252}
 _LATER = "[" + "".join(re.escape(char) for char, byte in _BYTE.items() if byte < 0xC0) + "]"
@@ -294,8 +302,9 @@ _MOJIBAKE = re.compile(f"[Â-Û]{_LATER}|(?:[à-ï]{_LATER}{{2}})+|[ð-ô]{_LATE
 def mend_encoding(text: str) -> str:
     """Text with UTF-8 that was read as cp1252 or Latin-1 put right, however often it happened: "CrÃ¨me" → "Crème".
 
-    Only what comes out as common text is put right: Latin, Greek, Cyrillic, Hebrew and Arabic letters, punctuation, signs,
-    emoji, and Asian scripts from two characters on. So "CAFÉ»" and "fiancé—“yes”" stay. What was lost (�) cannot be mended.
+    Only what comes out as common text is put right: Latin, Greek, Cyrillic, Hebrew and Arabic letters,
+    punctuation, signs, emoji, and Asian scripts from two characters on. So "CAFÉ»" and "fiancé—“yes”" stay.
+    What was lost (�) cannot be mended.
     """
 
     def right(found: re.Match) -> str:
@@ -335,71 +344,83 @@ def drop_broken_encoding(records: Iterable[Record]) -> Cleaned:
 def drop_repetition(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer runs in a loop: the same words over and over, with nothing between.
 
-    A word or two must come five times in a row, a phrase of three to five words four times, a longer stretch four times or, at
-    the answer's end, three: a step that is repeated for a reason is followed by another, a loop runs until it is stopped.
-    Code and tables are left alone, where repetition has its reasons too.
+    A word or two must come five times in a row, a phrase of three to five words four times, a longer stretch
+    four times or, at the answer's end, three: a step that is repeated for a reason is followed by another, a
+    loop runs until it is stopped. Where a script has no spaces, two characters count as a word, and a single
+    one must come ten times. Code and tables are left alone, where repetition has its reasons too.
     """
 
     def loop(answer: str) -> str | None:
         prose = re.sub(r"```.*?(?:```|\Z)", " ", answer, flags=re.DOTALL)
-        words = re.findall(r"\w+", re.sub(r"^\s*\|.*$", "", prose, flags=re.MULTILINE).casefold())
-        for period in range(1, min(len(words) // 3, 100) + 1):
-            run = period
-            for i in range(period, len(words)):
-                run = run + 1 if words[i] == words[i - period] else period
-                needed = 5 if period <= 2 else 3 if period > 5 and i == len(words) - 1 else 4
-                if run >= needed * period:
-                    said = " ".join(words[i - period + 1 : i + 1])
-                    return f"says {run // period} times in a row: {said[:60]!r}"
+        words = _WORD.findall(re.sub(r"^\s*\|.*$", "", prose, flags=re.MULTILINE).casefold())
+        size = 2 if 2 * len(re.findall(f"[{_UNSPACED}]", prose)) > len(words) else 1
+        for period in range(1, min(len(words) // 3, 100 * size) + 1):
+            again = bytes(map(eq, words[period:], words))  # 1 where a word is the one a period before
+            times = 10 if period < size else 5 if period <= 2 * size else 4
+            place = again.find(b"\1" * period * (times - 1))
+            if place < 0 and period > 5 * size and again.endswith(b"\1" * period * 2):
+                place, times = len(again) - 2 * period, 3
+            if place >= 0:
+                said = " ".join(words[place : place + period])
+                return f"says {times} times in a row: {said[:60]!r}"
         return None
 
     return _drop_answers(records, "repetition", loop)
 
 
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+_CHATS = (("chat", "messages", "role", "content"), ("sharegpt", "conversations", "from", "value"))
+_ASKING, _ANSWERING = ("prompt", "instruction", "input"), ("completion", "chosen", "rejected", "output")
 
 
 def _turns(record: Record) -> list[tuple[str, str]]:
     """(who, text) of every turn, whatever the record's kind; of several answers to one question, each."""
-    for field, who, what in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if field in record:
-            ours = {"assistant", "gpt", "chatgpt", "bot"}
-            return [("answer" if turn[who] in ours else "question", turn[what]) for turn in record[field]]
-    names = {
-        "system": 0,
-        "prompt": 0,
-        "instruction": 0,
-        "input": 0,
-        "completion": 1,
-        "chosen": 1,
-        "rejected": 1,
-        "output": 1,
-    }
-    turns = [
-        (("question", "answer")[is_answer], record[name])
-        for name, is_answer in names.items()
-        if record.get(name)
-    ]
-    if not turns:
-        raise ValueError(
-            f"no text in a row with the fields {list(record)}; rename some to prompt and completion, or messages"
-        )
-    return turns
+    turns = [("question", _text(record, "system"))]
+    for kind, field, who, what in _CHATS:
+        if not is_empty(record.get(field)):
+            if fault := KINDS[kind][field](record[field]):
+                raise ValueError(f'"{field}" {fault}')
+            ours = ("assistant", "gpt", "chatgpt", "bot")
+            turns += [("answer" if turn[who] in ours else "question", turn[what]) for turn in record[field]]
+            break
+    else:
+        for question, answer in record.get("history") or ():
+            turns += [("question", question), ("answer", answer)]
+        turns += [("question", _text(record, name)) for name in _ASKING]
+        turns += [("answer", _text(record, name)) for name in _ANSWERING]
+    if not any(text for _, text in turns):
+        fields = list(record)
+        raise ValueError(f"no text in a row with the fields {fields}; rename some to prompt and completion")
+    return [turn for turn in turns if turn[1]]
+
+
+def _text(record: Record, name: str) -> str:
+    if is_empty(text := record.get(name)):
+        return ""
+    if fault := text_fault(text):
+        raise ValueError(f'"{name}" {fault}')
+    return text
 
 
 def _key(record: Record) -> tuple[str, ...]:
     return tuple(text for _, text in _turns(record))
 
 
+def _tools(record: Record) -> str:
+    return "" if is_empty(record.get("tools")) else str(record["tools"])
+
+
 def _views(record: Record) -> Iterator[tuple[str, str]]:
-    """(question, answer) of a row: for a chat all that comes before its last answer; for a pair, one view a side."""
+    """(question, answer) of a row, the question being all that stands before; for a preference, one per answer."""
     turns = _turns(record)
-    chat = "messages" in record or "conversations" in record
-    answers = [i for i, (who, _) in enumerate(turns) if who == "answer"]
-    before = turns[: answers[-1]] if chat and answers else [turn for turn in turns if turn[0] == "question"]
-    question = "\n".join(text for _, text in before)
-    for i in answers[-1:] if chat else answers:
-        yield question, turns[i][1]
+    last = max((i for i, (who, _) in enumerate(turns) if who == "answer"), default=-1)
+    first = last
+    while first > 0 and turns[first - 1][0] == "answer":
+        first -= 1
+    question = "\n".join(text for _, text in turns[: max(first, 0)])
+    yield from ((question, answer) for _, answer in turns[first : last + 1] if last >= 0)
 
 
 def _alone(reason: str | None) -> tuple[str, None] | None:
@@ -407,11 +428,18 @@ def _alone(reason: str | None) -> tuple[str, None] | None:
 
 
 def _drop(
-    records: Iterable[Record], fault: str, why: Callable[[int, Record], tuple[str, int | None] | None]
+    records: Iterable[Record],
+    fault: str,
+    why: Callable[[int, Record], tuple[str, int | None] | None],
+    name: str = "row",
 ) -> Cleaned:
     kept, dropped = [], []
     for index, record in enumerate(records):
-        if reason := why(index, record):
+        try:
+            reason = why(index, record)
+        except ValueError as error:
+            raise ValueError(f"{name} {index}: {error}") from error
+        if reason:
             dropped.append(Dropped(index, record, fault, *reason))
         else:
             kept.append(record)
@@ -419,7 +447,7 @@ def _drop(
 
 
 def _drop_answers(records: Iterable[Record], fault: str, why: Callable[[str], str | None]) -> Cleaned:
-    """Drop rows any of whose answers is faulty; a pair's rejected answer may be."""
+    """Drop rows any of whose answers is faulty; a rejected answer may be."""
 
     def first(_: int, record: Record) -> tuple[str, None] | None:
         rejected = record.get("rejected")

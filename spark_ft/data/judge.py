@@ -25,8 +25,8 @@ IMPERIAL = re.compile(
 def is_metric(answer: str) -> bool:
     """Whether an answer measures in metric units: at least one, and no cup, ounce, pound, inch or Fahrenheit.
 
-    Spoons, minutes, pieces and gas marks belong to neither system and decide nothing. Only the units are judged, not
-    whether the cooking is right: pair this with reading a few answers.
+    Spoons, minutes, pieces and gas marks belong to neither system and decide nothing. Only the units are
+    judged, not whether the cooking is right: pair this with reading a few answers.
 
     Args:
         answer: the text to judge; "" is not metric.

@@ -43,9 +43,9 @@ def judged_pairs(
 def balance_lengths(pairs: Sequence[Record], length: Length = len, tolerance: float = 0.05) -> list[Record]:
     """At most one pair a prompt, so chosen that length does not tell the better answer: else that is what would be learned.
 
-    Of each prompt's pairs the one nearest to equal lengths is taken. Then as many with the longer answer chosen are kept as
-    with the shorter, and the most unequal go until |Σ len(chosen) / Σ len(rejected) − 1| ≤ tolerance. Pairs of equal length
-    all stay.
+    Of each prompt's pairs the one nearest to equal lengths is taken. Then as many with the longer answer
+    chosen are kept as with the shorter, and the most unequal go until |Σ len(chosen) / Σ len(rejected) − 1| ≤
+    tolerance. Pairs of equal length all stay.
 
     Args:
         length: of a text; characters by default, or `lambda text: len(tokenizer(text).input_ids)`.
@@ -82,7 +82,8 @@ def length_ratio(pairs: Sequence[Record], length: Length = len) -> float:
 def length_baseline(pairs: Sequence[Record], length: Length = len) -> Estimate:
     """How often the longer answer is the chosen one, with its interval; pairs of equal length tell nothing and are left out.
 
-    An interval that contains one half says that neither "take the longer" nor "take the shorter" finds the chosen answer.
+    An interval that contains one half says that neither "take the longer" nor "take the shorter" finds the
+    chosen answer.
 
     Raises:
         ValueError: no pair has answers of different length.

@@ -1,107 +1,168 @@
-"""Records: plain dicts, one JSON object a line in their file, checked as they are read, with file, line, field and mend."""
+"""Records: dicts, one JSON object per line of a file; a bad one is named by file, line, field and mend."""
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from spark_ft.files import write_atomically
+
+Record = dict[str, Any]
+Check = Callable[[Any], str | None]  # what is wrong with a value and how to mend it, or None
 
 ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT = {  # its names for the roles; the first of each role is the usual one
+SHAREGPT = {
     "system": "system",
     "human": "user",
     "gpt": "assistant",
     "tool": "tool",
+}  # its usual names for the roles,
+SHAREGPT |= {
     "user": "user",
     "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
     "observation": "tool",
-}
+}  # and those that are found beside them
+SHAREGPT |= {"chatgpt": "assistant", "bot": "assistant"}
+
+_FILL = "fill it in or drop the row"
+_JSON = {bool: "true or false", type(None): "null", str: "a text", list: "a list", dict: "an object"}
 
 
-def _text(value: Any) -> str | None:
+def is_empty(value: Any) -> bool:
+    """Whether an optional field says nothing: null, white space, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
+
+
+def text_fault(value: Any) -> str | None:
+    """What is wrong with a value that must be a text, and how to mend it, or None."""
     if not isinstance(value, str):
-        return f"must be a text, not {_type_name(value)}; put it in quotes"
+        return _must_be("a text", value, "write it as one")
     if not value.strip():
-        return "is empty; fill it in or drop the row"
+        return f"is empty; {_FILL}"
     try:
         value.encode()
     except UnicodeEncodeError:  # json lets lone surrogates through, tokenizers do not
-        return r"holds half a character (a lone \ud800–\udfff escape); save the text again from its source as UTF-8"
+        return r"holds half a character (a lone \ud800–\udfff escape); save its source as UTF-8 again"
     return None
 
 
-def _boolean(value: Any) -> str | None:
-    if isinstance(value, bool):
-        return None
-    return f"must be true or false, not {json.dumps(value)}; write the thumb as true (up) or false (down)"
+def _must_be(wanted: str, value: Any, mend: str) -> str:
+    name = _JSON.get(
+        type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+    )
+    if type(value).__module__ == "numpy":
+        name, mend = f"a NumPy {type(value).__name__}", "call its .tolist()"
+    elif value is None or (isinstance(value, float) and value != value):
+        name, mend = "null" if value is None else "NaN", _FILL
+    return f"must be {wanted}, not {name}; {mend}"
 
 
-def _turns(who: str, what: str, names: tuple[str, ...]) -> Callable[[Any], str | None]:
+def _label(value: Any) -> str | None:
+    mend = "write true (thumbs up) or false (thumbs down)"
+    return None if isinstance(value, bool) else _must_be("true or false", value, mend)
+
+
+def _turns(who: str, what: str, names: tuple[str, ...]) -> Check:
     def check(value: Any) -> str | None:
+        form = f'write [{{"{who}": …, "{what}": …}}, …]'
         if not isinstance(value, list):
-            return (
-                f'must be a list of messages, not {_type_name(value)}; write [{{"{who}": …, "{what}": …}}, …]'
-            )
+            return _must_be("a list of messages", value, form)
         if not value:
-            return "is empty; fill it in or drop the row"
+            return f"is empty; {_FILL}"
         for i, turn in enumerate(value):
             if not isinstance(turn, dict):
-                return f"at [{i}] must be an object with {who} and {what}, not {_type_name(turn)}"
-            if turn.get(who) not in names:
-                said = "has the role" if who == "role" else f'has "{who}"'
-                return f"at [{i}] {said} {json.dumps(turn.get(who))}; use one of {', '.join(names)}"
-            if complaint := _text(turn[what]) if what in turn else "is missing; fill it in or drop the row":
+                return f"at [{i}] {_must_be(f'an object with {who} and {what}', turn, form)}"
+            known = f"use one of {', '.join(names)}"
+            if not isinstance(said := turn.get(who), str):
+                return f'at [{i}]: "{who}" {_must_be("a text", said, known)}'
+            if said not in names:
+                return f'at [{i}]: "{who}" is "{said}"; {known}'
+            if is_empty(turn.get(what)) and not is_empty(turn.get("tool_calls")):
+                return f'at [{i}]: "{what}" is empty; write the call into it, as the template would'
+            if complaint := text_fault(turn[what]) if what in turn else f"is missing; {_FILL}":
                 return f'at [{i}]: "{what}" {complaint}'
         return None
 
     return check
 
 
-KINDS: dict[str, dict[str, Callable[[Any], str | None]]] = {
-    "sft": {"prompt": _text, "completion": _text},
-    "preference": {"prompt": _text, "chosen": _text, "rejected": _text},
-    "feedback": {"prompt": _text, "completion": _text, "label": _boolean},
+def _tools(value: Any) -> str | None:
+    if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
+        return None
+    form = 'write [{"type": "function", "function": {"name": …}}, …]'
+    return _must_be("a list of objects", value, "read it with json.loads" if isinstance(value, str) else form)
+
+
+def _history(value: Any) -> str | None:
+    for turn in value if isinstance(value, list) else [value]:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or any(map(text_fault, turn)):
+            return 'must be a list of earlier turns; write [["question", "answer"], …]'
+    return None
+
+
+KINDS: dict[str, dict[str, Check]] = {
+    "sft": {"prompt": text_fault, "completion": text_fault},
+    "preference": {"prompt": text_fault, "chosen": text_fault, "rejected": text_fault},
+    "feedback": {"prompt": text_fault, "completion": text_fault, "label": _label},
     "chat": {"messages": _turns("role", "content", ROLES)},
     "sharegpt": {"conversations": _turns("from", "value", tuple(SHAREGPT))},
-    "alpaca": {
-        "instruction": _text,
-        "output": _text,
-    },  # and "input", which may be empty or not be there at all
+    "alpaca": {"instruction": text_fault, "output": text_fault},
 }
 
+# Fields beside a kind's own that change what a row or a message means: those of BESIDE are used, those of
+# REFUSED are refused with this mend, an empty one is as good as absent. Any other field of a row (id, source,
+# …) is a note.
+REFUSED = {
+    "history": 'write its turns as "messages"',
+    "functions": 'write them as "tools"',
+    "documents": "write them into the prompt",
+    "chat_template_kwargs": "write what they ask for into the texts",
+    **dict.fromkeys(("system_prompt", "system_message"), 'rename it to "system"'),
+    **dict.fromkeys(("reasoning_content", "thinking"), 'write it into the answer, as "<think>…</think>"'),
+    **dict.fromkeys(("tool_calls", "function_call"), "write it into the answer, as the template would"),
+    **dict.fromkeys(("weight", "chosen_weight", "rejected_weight", "margin"), "repeat what counts for more"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "drop the row"),
+}
+BESIDE: dict[str, Check] = {"system": text_fault, "tools": _tools}
+ALPACA_BESIDE: dict[str, Check] = {**BESIDE, "history": _history, "input": text_fault}
+_MEANT = frozenset((*ALPACA_BESIDE, *REFUSED))
 
-def iter_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+
+def iter_records(path: str | Path, kind: str) -> Iterator[Record]:
     """Yield the records of a JSONL file one by one, each checked; the file is never in memory as a whole.
 
     Args:
-        path: UTF-8 JSONL file, one object a line. Blank lines are skipped, fields beyond the kind's own are kept.
-        kind: "sft" (prompt, completion), "preference" (prompt, chosen, rejected),
-            "feedback" (prompt, completion, label), "chat" (messages: role, content), "sharegpt" (conversations: from,
-            value) or "alpaca" (instruction, output, and an input that may be empty).
+        path: UTF-8 JSONL file, one object per line. Blank lines are skipped, further fields are kept.
+        kind: "sft" (prompt, completion), "preference" (prompt, chosen, rejected), "feedback" (prompt,
+            completion, label), "chat" (messages: role, content), "sharegpt" (conversations: from, value) or
+            "alpaca" (instruction, output; perhaps input, history). Any may have `system` and `tools`.
 
     Raises:
-        ValueError: with file, line, field and mend, on the first bad line; also if the file is missing or has no rows.
+        ValueError: with file, line, field and mend, on the first bad line; no such file, or no rows in it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of records; use one of {', '.join(KINDS)}")
+    _known(kind)
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path (relative ones start at {Path.cwd()})")
     return _checked_lines(path, kind)
 
 
-def read_records(path: str | Path, kind: str) -> list[dict[str, Any]]:
+def read_records(path: str | Path, kind: str) -> list[Record]:
     """All records of a JSONL file as a list; arguments and errors are those of `iter_records`."""
     return list(iter_records(path, kind))
 
 
-def check_records(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Rows that come from memory or a `datasets.Dataset`, as a list, each checked as `iter_records` checks a line.
+def check_records(records: Iterable[Record], kind: str) -> list[Record]:
+    """Rows from memory or a `datasets.Dataset` as a list, each checked as `iter_records` checks a line.
 
     Raises:
         ValueError: with row number (from 0), field and mend, on the first bad row; also if there are no rows.
     """
+    _known(kind)
     checked = []
     for index, record in enumerate(records):
         if complaint := find_fault(record, kind):
@@ -112,19 +173,43 @@ def check_records(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str
     return checked
 
 
-def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write rows as a JSONL file, one by one, whole or not at all; the same rows give the same bytes."""
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write rows as a JSONL file, whole or not at all; equal rows give equal bytes, which can be read again.
+
+    Raises:
+        ValueError: with row number (from 0) and field: JSON does not have such a value (NaN, a NumPy array).
+    """
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-    from spark_ft.files import write_atomically
+        with temporary.open("wb") as file:
+            file.writelines(_line(f"row {index}", record) for index, record in enumerate(records))
 
     write_atomically(Path(path), write)
 
 
-def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+def _line(where: str, record: Any) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        for field, value in record.items() if isinstance(record, dict) else ():
+            _line(f'{where}: "{field}"', [value])
+        mend = "write texts, finite numbers, true, false, null, and lists and objects of them"
+        raise ValueError(f"{where}: {error}; {mend}") from error
+
+
+def _known(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r} of records; use one of {', '.join(KINDS)}")
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+_decode = json.JSONDecoder(parse_constant=_not_json).decode  # json.loads would make a decoder for each line
+
+
+def _checked_lines(path: Path, kind: str) -> Iterator[Record]:
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -132,16 +217,9 @@ def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
                 continue
             empty = False
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: malformed JSON at column {error.colno} ({error.msg}); "
-                    "a JSONL file has one whole JSON object on each line"
-                ) from error
+                record = _decode(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: {_line_fault(line, error)}") from error
             if complaint := find_fault(record, kind):
                 raise ValueError(f"{path}:{number}: {complaint}")
             yield record
@@ -149,26 +227,43 @@ def _checked_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: an empty data set; it needs at least one row of {', '.join(KINDS[kind])}")
 
 
+def _line_fault(line: bytes, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        fault = f"malformed JSON at column {error.colno} ({error.msg})"
+        return f"{fault}; a JSONL file has one whole JSON object on each line"
+    if isinstance(error, RecursionError):
+        return "lists and objects are nested too deeply; store that part as a text"
+    most = sys.get_int_max_str_digits()
+    place = re.search(rf'"([^"]*)"\s*:[^":]*?(?:\d{{{most + 1},}}|NaN|Infinity)', line.decode())
+    field = f'"{place[1]}"' if place else "a field"
+    if str(error).endswith(("NaN", "Infinity")):
+        return f"{field} holds {error}, which JSON does not have; write null or drop the row"
+    return f"{field} holds a number of more than {most} digits; put it in quotes"
+
+
 def find_fault(record: Any, kind: str) -> str | None:
     """What is wrong with a record and how to mend it, or None."""
-    if not isinstance(record, dict) and not isinstance(
-        record, Mapping
-    ):  # Dataset.map hands over rows that are no dicts
-        return (
-            f'a row must be a JSON object, not {_type_name(record)}; write {{"{next(iter(KINDS[kind]))}": …}}'
-        )
+    # Dataset.map hands over rows that are no dicts; to ask for a dict first is much faster
+    if not isinstance(record, dict) and not isinstance(record, Mapping):
+        form = f'write {{"{next(iter(KINDS[kind]))}": …}}'
+        return f"a row {_must_be('a JSON object', record, form)}"
     for field, check in KINDS[kind].items():
         if field not in record:
             return f'"{field}" is missing; a row of kind "{kind}" has {", ".join(KINDS[kind])}'
         if complaint := check(record[field]):
             return f'"{field}" {complaint}'
-    if kind == "alpaca" and not isinstance(record.get("input", ""), str):
-        return f'"input" must be a text, not {_type_name(record["input"])}; write "" where there is none'
+    if not _MEANT.isdisjoint(record):
+        beside = ALPACA_BESIDE if kind == "alpaca" else BESIDE
+        for field in (field for field in record if field in _MEANT and not is_empty(record[field])):
+            if field in beside and (complaint := beside[field](record[field])):
+                return f'"{field}" {complaint}'
+            if field not in beside and field in REFUSED:
+                return f'"{field}" is not used in training; {REFUSED[field]}, or take the field out'
+        first = (record.get("messages") or record.get("conversations") or [{}])[0]
+        if not is_empty(record.get("system")) and first.get("role", first.get("from")) == "system":
+            return '"system" stands beside a system turn; keep one of them'
     if kind == "preference" and record["chosen"] == record["rejected"]:
-        return '"chosen" equals "rejected"; a pair teaches nothing if both are the same, so change one or drop the row'
+        return '"chosen" equals "rejected" and teaches nothing; change one or drop the row'
     return None
-
-
-def _type_name(value: Any) -> str:
-    names = {str: "a text", bool: "true or false", type(None): "null", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
