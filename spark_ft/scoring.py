@@ -1,11 +1,14 @@
-"""Batches without padding: the tokens of all sequences in one row, and what they all begin with only once."""
+"""Model and batch → log-probabilities of the completions, for every causal language model of transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from spark_ft.data.chat import IGNORE
@@ -14,6 +17,173 @@ from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.neftune import draws_noise
 
 Batch = dict[str, Tensor]
+Tokens = Int[Tensor, " tokens"]  # one number per completion token of the batch
+
+
+def sft_loss(model: nn.Module, batch: "Batch | Prepared") -> tuple[Tensor, int]:
+    """Supervised fine-tuning: −Σ log p(token) over the batch's completion tokens, and their number.
+
+    Divided, they are the model's own loss, without what a mixture of experts may add for its routers.
+    """
+    logps, _ = completion_logps(model, batch)
+    return -logps.sum(), logps.numel()
+
+
+def completion_logps(model: nn.Module, batch: "Batch | Prepared") -> tuple[Float[Tensor, " tokens"], Tokens]:
+    """log p of every completion token, in fp32 or better, and the batch row each belongs to; differentiable.
+
+    Only positions that predict a completion token reach the output head. Where the model takes packed rows
+    (`use_packed_attention`), padding is not computed, and what all rows begin with is computed once.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        batch: input_ids, attention_mask and labels, each (B, L), as `collate_sft` makes them.
+
+    Raises:
+        ValueError: as `head_path`.
+    """
+    plain, head = head_path(model) == "head", model.get_output_embeddings()
+    hidden, targets, rows = completion_hidden(model, batch)
+    if plain and type(head) is nn.Linear and head.bias is None:
+        return token_logps(hidden, head.weight, targets), rows
+    return chunked_logps(hidden, head_logits(model), targets), rows
+
+
+def sequence_logps(model: nn.Module, batch: "Batch | Prepared") -> tuple[Float[Tensor, " batch"], Tensor]:
+    """Σ log p of each row's completion tokens, in fp32 or better, and the number of these tokens (B,)."""
+    batch = prepare(model, batch)
+    logps, rows = completion_logps(model, batch)
+    return logps.new_zeros(len(batch.counts)).index_add(0, rows, logps), batch.counts
+
+
+def completion_hidden(
+    model: nn.Module, batch: "Batch | Prepared"
+) -> tuple[Float[Tensor, "tokens hidden"], Tokens, Tokens]:
+    """Final hidden state of each position that predicts a completion token, that token, and its batch row."""
+    batch = prepare(model, batch)
+    hidden = _backbone(model)(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.places), batch.targets, batch.rows
+
+
+class Prepared(NamedTuple):
+    """All integers that scoring a batch needs; what is left is tensor work of known shapes."""
+
+    inputs: dict  # what the backbone is called with
+    places: Tokens  # of the scored positions among the hidden states, flattened
+    targets: Tokens
+    rows: Tokens
+    counts: Int[Tensor, " batch"]  # completion tokens of each row
+
+
+def prepare(model: nn.Module, batch: Batch | Prepared) -> Prepared:
+    """Find which positions are scored, and pack the batch where the model takes packed rows."""
+    if isinstance(batch, Prepared):
+        return batch
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
+    places = predicts.flatten().nonzero()[:, 0]
+    targets, rows = labels.roll(-1, 1).flatten()[places], places // ids.shape[1]
+    if row := packed_row(model, batch):
+        inputs, places = row.inputs(), row.places.flatten()[places]
+    else:
+        inputs = {"input_ids": ids, "attention_mask": None if mask.all() else mask}
+    return Prepared(inputs, places, targets, rows, predicts.sum(1))
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    return model.model if model.base_model is model else model.base_model  # Llama 4 and Mllama: the first
+
+
+# ── the output head, whatever a model does around it ─────────────────────────────────────────────────────
+
+
+def head_path(model: nn.Module) -> str:
+    """How hidden states become logits: "head", by the output head alone; "own", by the model's own forward.
+
+    Found by comparing the logits of eight tokens, made so large that a soft cap shows: two short passes in
+    eval mode, once per model, and again when the head's type or a number in the config has changed. A copy
+    with shapes and no numbers (fake or meta tensors) keeps the answer of its original, in `known_head_path`.
+
+    Raises:
+        ValueError: no causal language model of transformers, or its logits follow from something else.
+        RuntimeError: a model without numbers, and nothing known of it.
+    """
+    from transformers import PreTrainedModel
+
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None:
+        mend = "load it with AutoModelForCausalLM, or take PEFT's get_base_model()"
+        raise ValueError(f"{type(model).__name__} is no causal language model of transformers; {mend}")
+    known, weight = getattr(model, "known_head_path", None), next(model.parameters())
+    if isinstance(weight, FakeTensor) or weight.is_meta:
+        if known is None:
+            raise RuntimeError("ask head_path of the real model, or of a tiny one; then copy known_head_path")
+        return known[0]
+    numbers = {**vars(model.config.get_text_config()), **vars(model)}
+    about = (type(head), {name: x for name, x in numbers.items() if type(x) in (int, float)})
+    if known is None or known[1] != about:
+        model.known_head_path = known = (_compare_heads(model, head), about)
+    return known[0]
+
+
+def head_logits(model: nn.Module) -> Callable[[Float[Tensor, "rows hidden"]], Float[Tensor, "rows vocab"]]:
+    """The function from final hidden states to the model's logits, scaling and soft caps included."""
+    return model.get_output_embeddings() if head_path(model) == "head" else _own_logits(model)
+
+
+def _own_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's own forward, with the given rows in place of what its backbone would return."""
+
+    def logits(rows: Tensor) -> Tensor:
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+        with patch.object(_backbone(model), "forward", lambda *_, **__: _HiddenStates([rows[None]])):
+            return model(input_ids=ids, use_cache=False).logits[0]
+
+    return logits
+
+
+class _HiddenStates(tuple):
+    """What a backbone returns, empty but for the hidden states."""
+
+    last_hidden_state = property(lambda self: self[0])
+    __getattr__ = lambda self, name: None  # noqa: E731
+
+
+@torch.no_grad()
+def _compare_heads(model: nn.Module, head: nn.Module) -> str:
+    def louder(head, args):  # logits of ±100, since a soft cap hides in small ones
+        return (args[0] * (100 / head.forward(args[0]).abs().max().clamp_min(1e-3)),)
+
+    def equal(ours):
+        coarsest = max(torch.finfo(x.dtype).eps for x in (hidden, ours, own))
+        return (ours - own).abs().max() <= max(1e-4, 4 * coarsest) * own.abs().max()
+
+    with evaluating(model), head.register_forward_pre_hook(louder):
+        ids = torch.arange(8, device=model.device)[None]
+        hidden = _backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        own = model(input_ids=ids, use_cache=False).logits[0]
+        if getattr(head, "in_features", None) == hidden.shape[-1] and equal(head(hidden)):
+            return "head"
+        if equal(_own_logits(model)(hidden)):
+            return "own"
+    fault = f"the logits of {type(model).__name__} do not follow from its last hidden states alone"
+    raise ValueError(f"{fault}; give `train` its own loss: out = model(**batch); return out.loss * n, n")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in eval mode; then each module is put back, even after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ── packed rows: no padding, and what all sequences begin with only once ─────────────────────────────────
+
+PACKED = "spark_ft_packed"  # the name of our attention among transformers' own
 
 
 class Packed(NamedTuple):
@@ -23,18 +193,29 @@ class Packed(NamedTuple):
     positions: Int[Tensor, "1 tokens"]  # each token's place in its own sequence
     prefix: int  # tokens at the start that belong to every sequence
     lengths: list[int]  # tokens of each sequence after the prefix
-    places: Int[
-        Tensor, "batch seq"
-    ]  # where in the row each real token of the batch is; padding's entries mean nothing
+    places: Int[Tensor, "batch seq"]  # of the batch's real tokens in the row; padding's entries mean nothing
+
+    def inputs(self) -> dict:
+        """What a backbone with packed attention is called with."""
+        places = {"position_ids": self.positions, "lengths": self.lengths, "prefix": self.prefix}
+        # transformers would make a (tokens, tokens) mask; one of four dimensions it hands on as it is
+        return {"input_ids": self.ids, "attention_mask": self.ids.new_empty(1, 1, 1, 1), **places}
+
+
+def packed_row(model: nn.Module, batch: Batch) -> Packed | None:
+    """The batch as the one row that the model computes, or None where it takes padded batches only."""
+    if model.config._attn_implementation != PACKED:
+        return None
+    return pack(batch["input_ids"], batch["attention_mask"], share_prefix=not _draws_random_numbers(model))
 
 
 def pack(
     input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"], share_prefix: bool = False
 ) -> Packed:
-    """Drop a batch's padding and, if told so, all but one copy of the tokens that every sequence begins with.
+    """Drop a batch's padding and, if asked, all but one copy of the tokens that every sequence begins with.
 
-    A causal model computes the same for equal beginnings, so the loss and its gradient stay what they were. (Not where
-    something random acts on them, as dropout does: the copies would have drawn apart.)
+    A causal model computes the same for equal beginnings, so the loss and its gradient do not change, unless
+    something random such as dropout acts on them: each copy would have drawn its own.
 
     Args:
         share_prefix: compute a common beginning once; needs two sequences or more, padded on the right.
@@ -60,6 +241,13 @@ def _common_prefix(input_ids: Tensor, real: Tensor) -> int:
     return min(same, int(real.sum(1).min()) - 1)  # every sequence keeps a token of its own
 
 
+def _draws_random_numbers(model: nn.Module) -> bool:
+    """Dropout or NEFTune is at work, so that equal tokens of two rows are not computed alike."""
+    kinds = {LoRALinear: "dropout", nn.Dropout: "p"}
+    rates = (getattr(m, rate) for m in model.modules() for kind, rate in kinds.items() if isinstance(m, kind))
+    return draws_noise(model) or (model.training and any(rates))
+
+
 def packed_attention(
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 kv_heads tokens dim"],
@@ -68,127 +256,50 @@ def packed_attention(
     prefix: int = 0,
     scale: float | None = None,
 ) -> Float[Tensor, "1 heads tokens dim"]:
-    """Causal softmax(q kᵀ · scale) v within each packed sequence; no score is computed for padding or for a neighbour.
+    """Causal softmax(q kᵀ · scale) v within each packed sequence; no score of a neighbour is computed.
 
     Args:
         lengths: tokens of each sequence after the prefix, in order.
-        prefix: tokens at the row's start which every sequence sees.
+        prefix: tokens at the row's start that every sequence sees.
         scale: factor on the scores, default 1/√dim.
     """
     (q0, *q), (k0, *k), (v0, *v) = (x.split([prefix, *lengths], dim=2) for x in (query, key, value))
-    if not prefix:
-        outs = [_attention(*parts, scale, is_causal=True) for parts in zip(q, k, v, strict=True)]
-        return torch.cat(outs, dim=2)
-    outs = [_attention(q0, k0, v0, scale, is_causal=True)]
+    outs = [_attention(q0, k0, v0, scale, is_causal=True)] if prefix else []
     for qi, ki, vi in zip(q, k, v, strict=True):
-        sees = torch.ones(qi.shape[2], prefix + qi.shape[2], dtype=torch.bool, device=query.device).tril(
-            prefix
-        )
-        outs.append(_attention(qi, torch.cat([k0, ki], 2), torch.cat([v0, vi], 2), scale, attn_mask=sees))
+        sees = {"is_causal": True}
+        if prefix:
+            size = (qi.shape[2], prefix + qi.shape[2])
+            sees = {"attn_mask": torch.ones(size, dtype=torch.bool, device=query.device).tril(prefix)}
+            ki, vi = torch.cat([k0, ki], 2), torch.cat([v0, vi], 2)
+        outs.append(_attention(qi, ki, vi, scale, **sees))
     return torch.cat(outs, dim=2)
 
 
-def _attention(q, k, v, scale, **mask):
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **mask)
-
-
-def completion_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p of every completion token (N,) fp32, and the batch row each belongs to (N,); differentiable.
-
-    Only the positions that predict a completion token reach the output head, and where the model takes packed sequences
-    (`use_packed_attention`) padding is not computed at all, and what all rows begin with is computed once.
-
-    Args:
-        model: a causal language model of transformers, with or without adapters.
-        batch: input_ids, attention_mask and labels, each (B, L), as `collate_sft` makes them.
-    """
-    labels, mask = batch["labels"], batch["attention_mask"]
-    predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
-    backbone = model.base_model
-    if row := packed_row(model, batch):
-        places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
-        hidden = backbone(row.ids, **places, use_cache=False).last_hidden_state[0][row.places[predicts]]
-    else:
-        hidden = backbone(batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state[
-            predicts
-        ]
-    return _head_logps(model, hidden, labels.roll(-1, 1)[predicts]), predicts.nonzero()[:, 0]
-
-
-def sequence_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed log-probability of each row's completion (B,) fp32, and its number of tokens (B,) int64."""
-    logps, rows = completion_logps(model, batch)
-    zeros = logps.new_zeros(len(batch["labels"]))
-    return zeros.index_add(0, rows, logps), rows.bincount(minlength=len(zeros))
-
-
-def packed_row(model: nn.Module, batch: dict[str, Tensor]) -> Packed | None:
-    """The batch as the one row that the model computes, or None where it takes padded batches only."""
-    if model.config._attn_implementation != PACKED:
-        return None
-    return pack(batch["input_ids"], batch["attention_mask"], share_prefix=not _draws_random_numbers(model))
-
-
-def _draws_random_numbers(model: nn.Module) -> bool:
-    """Dropout or NEFTune is at work, so that equal tokens of two rows are not computed alike."""
-    return draws_noise(model) or (
-        model.training
-        and any(
-            module.dropout if isinstance(module, LoRALinear) else isinstance(module, nn.Dropout) and module.p
-            for module in model.modules()
-        )
-    )
-
-
-def _head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """`token_logps` through the model's own head, whatever it does to the logits after the matrix product."""
-    head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if type(head) is nn.Linear and head.bias is None and scale == 1.0 and not cap:
-        return token_logps(hidden, head.weight, targets)
-
-    def logits(rows: Tensor) -> Tensor:
-        scaled = head(rows) * scale
-        return torch.tanh(scaled / cap) * cap if cap else scaled
-
-    return chunked_logps(hidden, logits, targets)
-
-
-PACKED = "spark_ft_packed"  # the name of our attention among transformers' own
+def _attention(q, k, v, scale, **sees):
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **sees)
 
 
 def use_packed_attention(model) -> None:
-    """Let the model also take `lengths=[…]` and `prefix=…`: sequences packed in one row (packing.py).
-
-    Without `lengths` it computes what it did, by transformers' own sdpa attention.
-    """
+    """Let the model also take the packed rows of `pack`; other calls compute what transformers' sdpa does."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, prefix=0, **kwargs):
-        if lengths is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-        return packed_attention(query, key, value, lengths, prefix, scaling).transpose(1, 2), None
+        if lengths:
+            return packed_attention(query, key, value, lengths, prefix, scaling).transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     model.set_attn_implementation(PACKED)
 
 
-def _plain_causal(config) -> bool:
-    """Every layer is full causal attention: no sliding window, no soft cap, no dropout on the scores."""
-    return (
-        config.model_type in ("llama", "mistral", "qwen2", "qwen3")
-        and not getattr(config, "sliding_window", None)
-        and not getattr(config, "attention_dropout", 0)
-    )
+# The kinds for which packed rows are proved equal, in tests/test_scoring.py; the others run padded.
+PACKED_KINDS = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 
 
-def sft_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Supervised fine-tuning: −Σ log p(token) over the batch's completion tokens, and their number."""
-    logps, _ = completion_logps(model, batch)
-    return -logps.sum(), logps.numel()
+def takes_packed_rows(config) -> bool:
+    """Whether all attention of this kind is causal over the whole sequence, and draws nothing."""
+    windowed_or_random = ("sliding_window", "attention_dropout")
+    return config.model_type in PACKED_KINDS and not any(getattr(config, x, 0) for x in windowed_or_random)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import NamedTuple
 
 
@@ -29,15 +29,19 @@ class Estimate(NamedTuple):
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """A proportion with Wilson's score interval (Wilson 1927), which behaves near 0 and 1 where ±1.96·se does not.
+    """A proportion p = k/n with Wilson's score interval (Wilson 1927), which holds near 0 and 1 too.
+
+        (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
 
     Raises:
-        ValueError: no trials, or more successes than trials.
+        ValueError: no trials, or successes outside 0 … trials.
     """
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return Estimate(successes / trials, float(interval.low), float(interval.high))
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials are no proportion; count both again")
+    n, p, z = trials, successes / trials, NormalDist().inv_cdf((1 + confidence) / 2)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((p + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return Estimate(p, max(0.0, low), min(1.0, high))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -56,9 +60,11 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean of `values − others`, run by run, with its t interval: what both runs of a pair share falls out.
+    """The mean of `values − others`, run by run, with its t interval: what both runs of a pair share cancels.
 
     Raises:
         ValueError: fewer than two pairs, or a value without another.
     """
+    if len(values) != len(others):
+        raise ValueError(f"{len(values)} values and {len(others)} others are no pairs; give one for each")
     return mean_interval([value - other for value, other in zip(values, others, strict=True)], confidence)

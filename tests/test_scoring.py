@@ -189,7 +189,7 @@ def test_a_shared_beginning_changes_no_loss_and_dropout_turns_sharing_off(tiny_l
     seen = []
     for dropout in (0.0, 0.1):
         model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=dropout)).train()
-        model.base_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        model.base_model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
         logps, _ = completion_logps(model, batch)
         logps.sum().backward()
         plain, _ = completion_logps(tiny_llama(packed=False), batch)
