@@ -1,6 +1,6 @@
-"""spark_ft: LLM fine-tuning methods from scratch, proved equal to PEFT, TRL and bitsandbytes, and the labs around them.
+"""LLM fine-tuning methods from scratch, proved equal to PEFT, TRL and bitsandbytes, and the labs around them.
 
-Every public name can be imported from here; its module is loaded only then, so that `import spark_ft` is instant.
+Every public name can be imported from here. Its module is loaded only then, so `import spark_ft` is instant.
 """
 
 from spark_ft.lazy import lazy_names

@@ -1,39 +1,134 @@
-"""The command `spark-ft`; each subcommand is imported only when it is called."""
+"""The command `spark-ft doctor | plan | parity | bench | labs`, and its parsers; imports come late."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
-
-
-def _labs(arguments: list[str]) -> int:
-    from spark_ft.lab.run import main
-
-    return main(arguments)
-
-
-def _bench(arguments: list[str]) -> int:
-    from spark_ft.bench.harness import main
-
-    return main(arguments)
-
-
-def _plan(arguments: list[str]) -> int:
-    from spark_ft.memory.shapes import main
-
-    return main(arguments)
+from dataclasses import asdict
+from pathlib import Path
 
 
 def _doctor(arguments: list[str]) -> int:
-    from spark_ft.doctor import main
+    argparse.ArgumentParser(prog="spark-ft doctor", description=COMMANDS["doctor"][1]).parse_args(arguments)
+    from spark_ft.doctor import describe
+
+    print(describe())
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from spark_ft.memory.plan import METHODS, TASKS
+    from spark_ft.memory.shapes import DTYPES, SHAPES, plan_report
+
+    parser = argparse.ArgumentParser(
+        prog="spark-ft plan",
+        description="The memory of a training step, term by term; nothing is loaded.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="models:\n  " + "\n  ".join(SHAPES),
+    )
+    add, number = parser.add_argument, {"type": int, "metavar": "N"}
+    add("model", help="a name below, its hub id, or a folder with a config.json")
+    add("--method", choices=METHODS, default="lora", help="default lora")
+    add("--task", choices=TASKS, default="sft", help="default sft; a preference pair is two rows")
+    add("--batch", **number, default=1, help="rows or pairs at once (default 1)")
+    add("--seq", **number, default=2048, help="tokens per row (default 2048)")
+    add("--rank", **number, default=16, help="of the adapters (default 16)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of weights that are not 4-bit (default bf16)")
+    add("--adapter-dtype", choices=DTYPES, default="fp32", help="of adapters, gradients, moments (fp32)")
+    add("--accumulation", **number, default=1, help="parts that a step is computed in (default 1)")
+    add("--no-checkpointing", action="store_true", help="keep all activations for backward")
+    add("--whole-logits", action="store_true", help="all logits at once, as transformers' own loss")
+    try:
+        print(plan_report(**vars(parser.parse_args(arguments))))
+    except ValueError as error:
+        print(f"spark-ft plan: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _rows_parser(command: str, rows: str) -> argparse.ArgumentParser:
+    from spark_ft.bench.cases import ROWS
+
+    parser = argparse.ArgumentParser(
+        prog=f"spark-ft {command}",
+        description=COMMANDS[command][1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="rows:\n" + "\n".join(f"  {row.name:<20} {row.says}" for row in ROWS.values()),
+    )
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"which rows; default {rows}")
+    return parser
+
+
+def _parse_rows(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    from spark_ft.bench.cases import ROWS
+
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f'no row is called "{unknown[0]}"; there are {", ".join(ROWS)}')
+    return options
+
+
+def _parity(arguments: list[str]) -> int:
+    from spark_ft.bench.cases import PARITY, ROWS
+    from spark_ft.bench.harness import check_equal, start_process
+
+    options = _parse_rows(_rows_parser("parity", ", ".join(PARITY)), arguments)
+    start_process()
+    wrong = 0
+    for row in [ROWS[name] for name in options.rows or PARITY]:
+        try:
+            loss, gradient = check_equal(row.name, row.ours(), row.theirs())
+            print(
+                f"{row.name:<20} equal: loss to {loss:.0e}, gradient to {gradient:.0e} ({row.says})",
+                flush=True,
+            )
+        except ValueError as error:
+            print(f"{error} ({row.says})", flush=True)
+            wrong += 1
+    return 1 if wrong else 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from spark_ft.bench.cases import ROWS
+    from spark_ft.bench.harness import compare, machine, start_process, table
+    from spark_ft.files import write_atomically
+
+    parser = _rows_parser("bench", "all")
+    parser.add_argument("--pairs", type=int, default=7, help="how often each side is timed (default 7)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement here")
+    options = _parse_rows(parser, arguments)
+    if options.pairs < 1:
+        parser.error(f"--pairs is {options.pairs}; at least one pair is needed")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}; make it first")
+    start_process()
+    where, results = machine(), []
+    for name in options.rows or ROWS:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            results.append(compare(ROWS[name], options.pairs))
+        except ValueError as error:
+            print(f"spark-ft bench: {error}; nothing was timed", file=sys.stderr)
+            return 1
+    print(table(results, where))
+    if options.json:
+        text = json.dumps({**where, "rows": [asdict(result) for result in results]}, indent=1) + "\n"
+        write_atomically(options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    return 0
+
+
+def _labs(arguments: list[str]) -> int:
+    from spark_ft.lab.run import main  # `make labs` runs it as a module, so that it has its own parser
 
     return main(arguments)
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "doctor": (_doctor, "look at this machine: memory, versions, and the traps that apply here"),
     "plan": (_plan, "count the memory of a training run, and say whether it fits"),
+    "parity": (_parity, "compare loss and gradient with PEFT, TRL and bitsandbytes; nothing is timed"),
+    "bench": (_bench, "measure training steps side by side with PEFT and TRL, after checking their equality"),
     "labs": (_labs, "execute the labs headless and print a closing table"),
-    "bench": (_bench, "measure training steps side by side with PEFT and TRL"),
 }
 
 
@@ -47,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see: spark-ft COMMAND --help")
     options = parser.parse_args(arguments)
-    return COMMANDS[options.command][0](options.arguments) or 0
+    return COMMANDS[options.command][0](options.arguments)
 
 
 if __name__ == "__main__":

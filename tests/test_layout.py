@@ -16,8 +16,8 @@ TREES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 # Each layer may import its own modules and those below it; data/ and methods/ stand side by side.
-LAYERS = {"lab": 4, "cli": 4, "bench": 3, "data": 1, "methods": 1}
-GROUND = {"files", "lazy", "messages", "stats", "version"}
+LAYERS = {"lab": 4, "cli": 4, "shapes": 4, "bench": 3, "data": 1, "methods": 1}
+GROUND = {"files", "lazy", "stats", "version"}
 MODULES = 2  # every other file and folder of the package
 PEERS = {"bench/peers.py", "lab/parity.py"}
 

@@ -766,7 +766,7 @@ del model, ids
 # And what `spark-ft doctor` says of the machine in front of you, with the traps that apply to it:
 
 # %%
-doctor.main([])
+print(doctor.describe())
 
 # %% [markdown]
 # ## The real run

@@ -144,7 +144,7 @@ def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = Fa
     _fill_adapters(parameters)
     batch = next(iter(trainer.get_train_dataloader()))
     if _scored(batch) != _scored(collate_sft(records, tokenizer, SFT_LENGTH)):
-        raise ValueError("sft-step: TRL's batch scores other tokens than ours; nothing was timed")
+        raise ValueError("sft-step: TRL's batch scores other tokens than ours")
     optimizer = trainer.create_optimizer()
 
     def backward() -> float:

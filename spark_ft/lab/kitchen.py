@@ -1,9 +1,11 @@
-"""The kitchen-ticket fine-tune that several labs share: its data, its run, its score, and the cached adapter."""
+"""The kitchen-ticket fine-tune that several labs share: its data, its run, its score and a cached adapter."""
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,33 +31,32 @@ def tickets(split: str) -> list[dict]:
 
 
 def with_shuffled_answers(records: list[dict], seed: int = 0) -> list[dict]:
-    """The same notes and the same tickets, each ticket under another note: the control that must teach nothing."""
+    """The same notes and tickets, but each ticket under another note: a control that must teach nothing."""
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
-    moved = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no ticket stays where it was
+    moved = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: every ticket moves
     return [{**row, "completion": records[moved[i]]["completion"]} for i, row in enumerate(records)]
 
 
-def run_config(seed: int = 0, **changes) -> TrainConfig:
-    """The profile's training run: its steps and learning rate, a tenth of the steps to warm up, then half a cosine.
+def run_config(seed: int = 0) -> TrainConfig:
+    """The profile's training run: its steps and rate, warm-up over a tenth of the steps, then half a cosine.
 
-    β₂ is 0.99, not AdamW's usual 0.999: in under a hundred steps a running average over a thousand would never warm up.
+    β₂ is 0.99, not AdamW's usual 0.999, which averages over a thousand steps: there are only a hundred.
     """
     here = profile()
-    settings = {
-        "steps": here.steps,
-        "learning_rate": here.learning_rate,
-        "warmup_steps": here.steps // 10,
-        "betas": (0.9, 0.99),
-        "gradient_accumulation_steps": here.gradient_accumulation_steps,
-        "seed": seed,
-    }
-    return TrainConfig(**{**settings, **changes})
+    return TrainConfig(
+        here.steps,
+        here.learning_rate,
+        warmup_steps=here.steps // 10,
+        betas=(0.9, 0.99),
+        gradient_accumulation_steps=here.gradient_accumulation_steps,
+        seed=seed,
+    )
 
 
-def fine_tune(model: nn.Module, tokenizer, records: list[dict], seed: int = 0, **changes) -> History:
-    """Train the model's adapters on `records`; the same seed orders the rows and seeds the generator."""
-    return train(model, ticket_batches(records, tokenizer, seed), sft_loss, run_config(seed, **changes))
+def fine_tune(model: nn.Module, tokenizer, records: list[dict], seed: int = 0) -> History:
+    """Train the model's adapters on `records`; the seed orders the rows and seeds torch's generator."""
+    return train(model, ticket_batches(records, tokenizer, seed), sft_loss, run_config(seed))
 
 
 def ticket_batches(records: list[dict], tokenizer, seed: int = 0) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -71,22 +72,25 @@ def score(model: nn.Module, tokenizer, rows: list[dict]) -> tuple[Estimate, list
     return wilson_interval(sum(right), len(right)), answers
 
 
-def kitchen_adapter(seed: int = 0) -> Path:
-    """The folder of a kitchen adapter in PEFT's format, from the cache, or trained now where it is missing.
-
-    Its name holds a hash of all it depends on: profile, data, adapter and training settings.
-    """
+def adapter_folder(seed: int = 0) -> Path:
+    """Where `kitchen_adapter` keeps an adapter; the name holds a hash of all that the adapter depends on."""
     config = run_config(seed)
-    depends = [
-        str(profile()),
-        str(ADAPTER),
-        str(config.rate(1)),
-        str(config),
-        sha256(TICKETS / "train.jsonl"),
-    ]
-    folder = CACHE / "adapters" / f"kitchen-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
-    if not (folder / "adapter_config.json").is_file():  # written last, so where it is, all is
-        print(f"training the kitchen adapter once ({config.steps} steps) …", flush=True)
+    depends = {
+        "model": os.environ.get("SPARK_FT_MODEL"),
+        "profile": str(profile()),
+        "adapter": asdict(ADAPTER),
+        "run": {**asdict(config), "schedule": config.schedule.__name__},  # a function's repr is its address
+        "data": sha256(TICKETS / "train.jsonl"),
+    }
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return CACHE / "adapters" / f"kitchen-{digest[:16]}"
+
+
+def kitchen_adapter(seed: int = 0) -> Path:
+    """The folder of a tuned kitchen adapter in PEFT's format; from the cache, or trained now."""
+    folder = adapter_folder(seed)
+    if not (folder / "adapter_config.json").is_file():  # written last: where it is, all is
+        print(f"training the kitchen adapter once ({profile().steps} steps) …", flush=True)
         model, tokenizer = load_model()
         torch.manual_seed(seed)
         add_adapters(model, ADAPTER)
@@ -96,13 +100,15 @@ def kitchen_adapter(seed: int = 0) -> Path:
 
 
 def short_run(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Eight steps of two rows with dropout, a checkpoint after each second: small enough to kill, to resume and to compare.
+    """Eight steps of two rows with dropout, a checkpoint every two steps: small enough to kill and resume.
 
     Returns the trained parameters by name.
     """
     model, tokenizer = load_model()
     torch.manual_seed(0)
     add_adapters(model, AdapterConfig(rank=4, dropout=0.1))
-    config = run_config(steps=8, warmup_steps=2, checkpoint_dir=folder, checkpoint_every=2, progress=False)
+    config = replace(
+        run_config(), steps=8, warmup_steps=2, checkpoint_dir=folder, checkpoint_every=2, progress=False
+    )
     train(model, sft_batches(tickets("train")[:16], tokenizer, batch_size=2), sft_loss, config)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

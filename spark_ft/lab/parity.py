@@ -1,4 +1,4 @@
-"""Yours and the package's, held to PEFT, TRL, transformers and bitsandbytes on the same weights and inputs."""
+"""Your code and the package's beside PEFT, TRL, transformers and bitsandbytes, on the same inputs."""
 
 import copy
 import tempfile
@@ -25,7 +25,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 def lora_against_peft(
     layer_type: type[nn.Module], merge: Callable[[nn.Module], None], rank: int = 8, alpha: float = 24.0
 ) -> dict[str, float]:
-    """Compare a LoRA layer with PEFT's on the same W, A, B and x: relative differences of all that it computes.
+    """Compare a LoRA layer with PEFT's on the same W, A, B and x; return relative differences.
 
     Args:
         layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B and base.
@@ -45,7 +45,7 @@ def lora_against_peft(
 def dora_against_peft(
     layer_type: type[nn.Module], merged: Callable[[nn.Module], Tensor], rank: int = 8, alpha: float = 24.0
 ) -> dict[str, float]:
-    """Compare a DoRA layer with PEFT's on the same W, A, B, magnitude and x: relative differences of the results.
+    """Compare a DoRA layer with PEFT's on the same W, A, B, magnitude and x; return relative differences.
 
     Args:
         layer_type: called as (base, rank, alpha, dropout); has lora_A, lora_B, magnitude and base.
@@ -94,11 +94,11 @@ def _against_peft(
 def trl_marks(
     records: list[dict[str, Any]], tokenizer, completion_only: bool = False, assistant_only: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """Each row's token ids, and whether each is learned, as TRL's SFT data preparation and collation make them.
+    """Each row's token ids, and whether each is learned, as TRL prepares and collates them for SFT.
 
     Args:
         records: rows of messages, or of prompt and completion.
-        tokenizer: its chat template renders the messages; `assistant_only` needs one with {% generation %} marks.
+        tokenizer: its chat template renders messages; `assistant_only` needs one with {% generation %}.
         completion_only, assistant_only: TRL's settings of these names; neither learns all tokens.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +117,7 @@ def trl_marks(
 def neftune_against_transformers(
     noise: Callable[[Tensor, float], Tensor], manager: Callable[[nn.Module, float], Any], alpha: float = 5.0
 ) -> dict[str, float]:
-    """Compare NEFTune with transformers' own hook, from the same state of the generator: relative differences.
+    """Compare NEFTune with transformers' own hook from the same generator state; return relative differences.
 
     Args:
         noise: (embeddings, alpha) → noisy embeddings.
@@ -183,8 +183,8 @@ def double_quantization_against_bitsandbytes(weight: Tensor, ours: NF4Tensor) ->
     """Compare a doubly quantized weight with bitsandbytes' own.
 
     Returns:
-        shares of equal bytes and of equal 8-bit scales, the largest difference of two of those codes, and our mean
-        error as a multiple of theirs.
+        shares of equal bytes and of equal 8-bit scales, the largest difference of two such scales, and our
+        mean error as a multiple of theirs.
     """
     theirs, state, dequantize = peers.bitsandbytes_nf4(weight, double_quant=True)
     errors = [(numbers - weight).abs().mean() for numbers in (ours.dequantize(), dequantize())]
@@ -209,11 +209,11 @@ def qlora_against_peft(
 ) -> dict[str, Any]:
     """QLoRA steps on the embedded model, with spark_ft alone and with bitsandbytes and PEFT.
 
-    Both start from one checkpoint, which bitsandbytes wrote, and from the same adapters, and train on the same
+    Both start from one checkpoint, written by bitsandbytes, and from the same adapters, and train on the same
     batches, in fp32, with AdamW.
 
     Returns:
-        the share of its 4-bit bytes that spark_ft's own quantization gives too; each step's losses, ours and theirs.
+        the share of its 4-bit bytes that spark_ft's own quantization makes too; both sides' losses, by step.
     """
     ours, tokenizer = load_model(str(peers.four_bit_folder()), dtype=torch.float32)
     theirs, _ = peers.bitsandbytes_model(peers.four_bit_folder())

@@ -1,8 +1,6 @@
 """The shapes of well-known dense models, so that their memory is planned without the hub: `spark-ft plan`."""
 
-import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ _FIELDS = (
     "vocab_size",
     "tie_word_embeddings",
 )
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # From each model's published config.json; a test holds the parameter count of each to the published one. What is not here
 # (positions, RoPE, ε) has no part in memory.
 SHAPES = {
@@ -59,7 +58,13 @@ def known_config(name: str | os.PathLike) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     if (Path(name) / "config.json").is_file():
-        return AutoConfig.from_pretrained(name)
+        try:
+            return AutoConfig.from_pretrained(name)
+        except Exception as error:  # transformers raises of every kind, by what is wrong with the file
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{name}/config.json: transformers cannot read it ({said}); correct it"
+            ) from error
     wanted = str(name).rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-base")
     for known, shape in SHAPES.items():
         if known.lower() == wanted:
@@ -69,71 +74,55 @@ def known_config(name: str | os.PathLike) -> "PretrainedConfig":
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print a run's memory term by term, and whether it fits this machine and a DGX Spark."""
+def plan_report(
+    model: str,
+    method: str = "lora",
+    task: str = "sft",
+    batch: int = 1,
+    seq: int = 2048,
+    rank: int = 16,
+    dtype: str = "bf16",
+    adapter_dtype: str = "fp32",
+    accumulation: int = 1,
+    no_checkpointing: bool = False,
+    whole_logits: bool = False,
+) -> str:
+    """A run's memory term by term, and whether it fits this machine and a DGX Spark; arguments as of `spark-ft plan`.
+
+    Raises:
+        ValueError: the model is unknown, its config cannot be planned, or an argument is out of range.
+    """
     import torch
 
-    from spark_ft.adapters import METHODS
-    from spark_ft.memory import TASKS
     from spark_ft.memory.machine import DGX_SPARK, budget
     from spark_ft.memory.plan import LOGIT_ROWS, fits, plan_training
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    parser = argparse.ArgumentParser(
-        prog="spark-ft plan",
-        description="The memory of a training step, term by term, counted from the model's shape; nothing is loaded.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="models:\n  " + "\n  ".join(SHAPES),
-    )
-    parser.add_argument("model", help="a name below, its hub id, or a folder with a config.json")
-    parser.add_argument("--method", choices=METHODS, default="lora", help="default lora")
-    parser.add_argument(
-        "--task", choices=TASKS, default="sft", help="default sft; a preference pair is two rows"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="rows or pairs at once (default 1)")
-    parser.add_argument("--seq", type=int, default=2048, help="tokens a row (default 2048)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    parser.add_argument(
-        "--dtype", choices=dtypes, default="bf16", help="of weights that are not 4-bit (default bf16)"
-    )
-    parser.add_argument(
-        "--adapter-dtype",
-        choices=dtypes,
-        default="fp32",
-        help="of adapters, gradients, moments (default fp32)",
-    )
-    parser.add_argument(
-        "--accumulation", type=int, default=1, help="parts that a step is computed in (default 1)"
-    )
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for backward")
-    parser.add_argument(
-        "--whole-logits", action="store_true", help="all logits at once, as transformers' own loss"
-    )
-    options = parser.parse_args(arguments)
+    config, here = known_config(model), budget()
     try:
-        config = known_config(options.model)
-        here = budget()
         plans = {
             device: plan_training(
                 config,
-                options.method,
-                task=options.task,
-                batch_size=options.batch,
-                length=options.seq,
-                rank=options.rank,
-                dtype=dtypes[options.dtype],
-                adapter_dtype=dtypes[options.adapter_dtype],
-                gradient_accumulation_steps=options.accumulation,
-                checkpointing=not options.no_checkpointing,
-                logit_rows=None if options.whole_logits else LOGIT_ROWS,
+                method,
+                task=task,
+                batch_size=batch,
+                length=seq,
+                rank=rank,
+                dtype=getattr(torch, DTYPES[dtype]),
+                adapter_dtype=getattr(torch, DTYPES[adapter_dtype]),
+                gradient_accumulation_steps=accumulation,
+                checkpointing=not no_checkpointing,
+                logit_rows=None if whole_logits else LOGIT_ROWS,
                 device=device,
             )
             for device in ("cuda", "cpu")
         }
-    except ValueError as error:
-        print(f"spark-ft plan: {error}", file=sys.stderr)
-        return 1
-    print(plans["cuda"], end="\n\n")
-    print(f"this machine   {fits(plans['cpu' if here.device == 'cpu' else 'cuda'], here)}")
-    print(f"a DGX Spark    {fits(plans['cuda'], DGX_SPARK)}")
-    return 0
+    except ValueError:
+        raise
+    except Exception as error:  # whatever an odd config makes of a model
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{model}: a model of this config cannot be built ({said}); correct it") from error
+    return (
+        f"{plans['cuda']}\n\n"
+        f"this machine   {fits(plans['cpu' if here.device == 'cpu' else 'cuda'], here)}\n"
+        f"a DGX Spark    {fits(plans['cuda'], DGX_SPARK)}"
+    )
