@@ -1,90 +1,69 @@
 """Measures by hand, intervals against published values, and generation that batching does not change."""
 
+import copy
+import json
 import math
 
 import pytest
 import torch
+from helpers import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from spark_ft.evaluation import exact_match, field_f1, generate, perplexity
+from spark_ft import collate_sft, completion_logps, exact_match, field_f1, generate, perplexity, sample
+from spark_ft.evaluation import greedy_match
 from spark_ft.stats import Estimate, mean_interval, paired_difference, wilson_interval
 
-PROMPTS = [
-    "What is the capital of France?",
-    "Name a colour.",
-    "Hi",
-    "Write the numbers from one to five, separated by commas, and nothing else.",
-    "Translate to French: Good morning, how are you today? I hope the soup is warm.",
-    "Is water wet? Answer yes or no.",
-]
+# ── exact match and F1 ───────────────────────────────────────────────────────────────────────────────────
 
 
-# --- exact match and F1 --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("output", "reference", "equal"),
-    [
-        (
-            '{"table": 3, "items": []}',
-            '{"items":[],"table":3}',
-            True,
-        ),  # spaces and the order of fields say nothing
+def test_exact_match_by_hand():
+    for output, reference, equal in [
+        ('{"table": 3, "items": []}', '{"items":[],"table":3}', True),  # neither spaces nor the fields' order
         (' {"table":3}\n', '{"table":3}', True),
         ('{"table":3}', '{"table":4}', False),
         ('{"table":3}', '{"table":"3"}', False),
         ('{"table":1}', '{"table":true}', False),  # to Python 1 == True; to a cook it is not
-        ('{"items":["a","b"]}', '{"items":["b","a"]}', False),  # the order of a list does
+        ('{"items":["a","b"]}', '{"items":["b","a"]}', False),  # the order of a list counts
         ('{"table":3', '{"table":3}', False),
         ('{"table":3} thanks', '{"table":3}', False),
         ("", '{"table":3}', False),
         (" Leek soup \n", "Leek soup", True),
         ("leek soup", "Leek soup", False),
         ('"Leek"', "Leek", False),  # a JSON string is not the bare word
-    ],
-)
-def test_exact_match_by_hand(output, reference, equal):
-    assert exact_match([output], [reference]) == [equal]
-    assert exact_match([reference], [output]) == [equal]
+        ("[" * 99_999, "[]", False),  # too deep to be read as JSON
+    ]:
+        assert exact_match([output], [reference]) == exact_match([reference], [output]) == [equal], output
 
 
-def test_f1_by_hand():
+def test_f1_by_hand_counts_over_all_tickets():
     reference = '{"table":4,"items":[{"qty":2,"dish":"soup"},{"qty":1,"dish":"tart"}]}'
     # table right; of qty {2, 1} one of two is right; of dish {soup, tart} one right, one wrong, one too many
     output = '{"table":4,"items":[{"qty":2,"dish":"soup"},{"qty":2,"dish":"pie"},{"dish":"rice"}]}'
-    assert field_f1([output], [reference]) == pytest.approx(
-        {
-            "table": 1.0,
-            "items.qty": 2 * 1 / (2 + 2),
-            "items.dish": 2 * 1 / (3 + 2),
-            "all": 2 * 3 / (6 + 5),
-        }
-    )
-
-
-def test_f1_counts_over_all_tickets_not_as_a_mean_of_tickets():
+    expected = {"table": 1.0, "items.qty": 2 * 1 / (2 + 2), "items.dish": 2 * 1 / (3 + 2), "all": 6 / (6 + 5)}
+    assert field_f1([output], [reference]) == pytest.approx(expected)
+    # a: 1 + 0 + 2 right, of 1 + 0 + 3 predicted and 1 + 1 + 3 expected; b: never predicted; c: never expected
     references = ['{"a":1}', '{"a":1,"b":2}', '{"a":[1,1,2]}']
     outputs = ['{"a":1}', "no ticket at all", '{"a":[1,2,2],"c":"x"}']
-    # a: 1 + 0 + 2 right, of 1 + 0 + 3 predicted and 1 + 1 + 3 expected; b: never predicted; c: never expected
-    assert field_f1(outputs, references) == pytest.approx(
-        {"a": 2 * 3 / 9, "b": 0.0, "c": 0.0, "all": 2 * 3 / (5 + 6)}
-    )
+    expected = {"a": 2 * 3 / 9, "b": 0.0, "c": 0.0, "all": 2 * 3 / (5 + 6)}
+    assert field_f1(outputs, references) == pytest.approx(expected)
 
 
 def test_f1_tells_types_apart_and_ignores_the_order_of_a_list():
-    assert field_f1(['{"a":1}'], ['{"a":"1"}'])["all"] == 0
-    assert field_f1(['{"a":true}'], ['{"a":1}'])["all"] == 0
-    assert field_f1(['{"a":["x","y"]}'], ['{"a":["y","x"]}'])["all"] == 1
-    assert field_f1(["[1,2]"], ['{"a":1}'])["all"] == 0
+    for output, reference, f1 in [
+        ('{"a":1}', '{"a":"1"}', 0),
+        ('{"a":true}', '{"a":1}', 0),
+        ('{"a":["x","y"]}', '{"a":["y","x"]}', 1),
+        ("[1,2]", '{"a":1}', 0),
+    ]:
+        assert field_f1([output], [reference])["all"] == f1
 
 
 @given(
     st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1), min_size=1, max_size=5)
 )
-def test_f1_is_one_for_the_references_themselves(tickets):
-    import json
-
+def test_the_references_themselves_score_one(tickets):
     texts = [json.dumps(t) for t in tickets]
     assert set(field_f1(texts, texts).values()) == {1.0}
     assert all(exact_match(texts, texts))
@@ -98,35 +77,34 @@ def test_lists_of_different_lengths_and_references_that_are_no_tickets_are_refus
         field_f1(["{}", "{}"], ["{}", "Leek soup"])
 
 
-# --- intervals -----------------------------------------------------------------------------------------------------
+# ── intervals ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("k, n", [(0, 10), (1, 10), (5, 10), (35, 40), (10, 10), (95, 100)])  # noqa: PT006
-def test_wilson_by_its_formula(k, n):
-    z, p = 1.959963984540054, k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    estimate = wilson_interval(k, n)
-    assert estimate == pytest.approx((p, max(0.0, centre - half), min(1.0, centre + half)), abs=1e-9)
-
-
-def test_wilson_against_known_values():
-    # Newcombe 1998, Statistics in Medicine 17, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+def test_wilson_against_published_values_and_scipy():
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3
     for k, n, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        estimate = wilson_interval(k, n)
-        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_wilson_widens_with_confidence_and_refuses_what_is_no_proportion():
-    assert wilson_interval(5, 10, 0.99).low < wilson_interval(5, 10, 0.9).low
+        (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
+    ]:  # fmt: skip
+        assert wilson_interval(k, n) == pytest.approx((k / n, low, high), abs=6e-5)
+    for k, n, confidence in [(0, 10, 0.95), (5, 10, 0.9), (35, 40, 0.99), (10, 10, 0.95)]:
+        theirs = binomtest(k, n).proportion_ci(confidence, method="wilson")
+        assert wilson_interval(k, n, confidence) == pytest.approx((k / n, *theirs), abs=1e-9)
     for k, n in ((0, 0), (3, 2), (-1, 5)):
-        with pytest.raises(ValueError):  # noqa: PT011 - three different sentences
+        with pytest.raises(ValueError, match=f"{k} successes in {n} trials are no proportion"):
             wilson_interval(k, n)
+
+
+def test_mean_interval_by_hand():
+    # mean 2, s = 1, s/√3 = 0.57735; t(0.975, 2) = 4.302653
+    half = 4.302653 * 0.5773503
+    assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-6)
+    # mean 5, deviations ±1: s² = 4/3, n = 4; t(0.95, 3) = 2.353363
+    half = 2.353363 * math.sqrt(4 / 3) / 2
+    assert mean_interval([4, 4, 6, 6], confidence=0.9) == pytest.approx((5, 5 - half, 5 + half), abs=1e-6)
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    for values in ([], [1.0]):
+        with pytest.raises(ValueError, match=f"{len(values)} value has no interval; run at least two seeds"):
+            mean_interval(values)
 
 
 def test_a_paired_difference_is_sure_where_two_intervals_overlap():
@@ -134,125 +112,134 @@ def test_a_paired_difference_is_sure_where_two_intervals_overlap():
     assert mean_interval(noisy).low < mean_interval(better).high
     d = paired_difference(noisy, better)
     assert d == pytest.approx(mean_interval([0.1, 0.11, 0.1]))
-    assert (d.verdict("worse", "better"), Estimate(-1, -2, -0.1).verdict("worse", "better")) == (
-        "worse",
-        "better",
-    )
+    assert d.verdict("worse", "better") == "worse"
+    assert Estimate(-1, -2, -0.1).verdict("worse", "better") == "better"
     assert Estimate(0.1, -0.1, 0.3).verdict("worse", "better") == "no measurable difference"
-    assert Estimate(0.12345, -0.1, 0.3).signed(2) == "+0.12 [-0.10, +0.30]"
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 values and 1 others are no pairs"):
         paired_difference([1.0, 2.0], [1.0])
-
-
-def test_mean_interval_by_hand():
-    # mean 2, s = 1, s/√3 = 0.57735; t(0.975, 2) = 4.302653
-    assert mean_interval([1, 2, 3]) == pytest.approx(
-        (2, 2 - 4.302653 * 0.5773503, 2 + 4.302653 * 0.5773503), abs=1e-6
-    )
-    # mean 5, deviations ±1: s² = 4/3, n = 4; t(0.95, 3) = 2.353363
-    half = 2.353363 * math.sqrt(4 / 3) / 2
-    assert mean_interval([4, 4, 6, 6], confidence=0.9) == pytest.approx((5, 5 - half, 5 + half), abs=1e-6)
-    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize("values", [[], [1.0]])
-def test_one_run_has_no_interval(values):
-    with pytest.raises(ValueError, match=f"{len(values)} value has no interval; run at least two seeds"):
-        mean_interval(values)
 
 
 def test_an_estimate_says_itself_in_one_line():
     assert str(Estimate(0.875, 0.739, 0.945)) == "0.875 [0.739, 0.945]"
     assert Estimate(0.875, 0.739, 0.945).percent() == "88% [74%, 94%]"
+    assert Estimate(0.12345, -0.1, 0.3).signed(2) == "+0.12 [-0.10, +0.30]"
 
 
-# --- perplexity ----------------------------------------------------------------------------------------------------
+# ── perplexity and greedy match ──────────────────────────────────────────────────────────────────────────
 
 
-def test_perplexity_of_one_row_is_exp_of_transformers_own_loss(embedded):
-    from spark_ft.data.batches import collate_sft
-
-    model, tokenizer = embedded
-    row = {"prompt": "What is the capital of France?", "completion": "The capital of France is Paris."}
-    with torch.no_grad():
-        batch = collate_sft([row], tokenizer)
-        loss = model(**batch).loss
-    assert perplexity(model, tokenizer, [row]) == pytest.approx(math.exp(loss), rel=1e-5)
-
-
-def test_perplexity_weighs_tokens_whatever_the_batches_and_leaves_the_mode(embedded):
-    from spark_ft.data.batches import collate_sft
-    from spark_ft.scoring import completion_logps
-
+def test_perplexity_is_exp_of_transformers_own_loss_and_weighs_tokens_whatever_the_batches(embedded):
     model, tokenizer = embedded
     rows = [
         {"prompt": "Count.", "completion": "1 2 3 4 5 6 7 8"},
         {"prompt": "Hi", "completion": "Xylophone"},
     ]
-    one, both = (
-        perplexity(model, tokenizer, rows, batch_size=1),
-        perplexity(model, tokenizer, rows, batch_size=2),
-    )
-    assert one == pytest.approx(both, rel=1e-5)
     with torch.no_grad():
+        loss = model(**collate_sft(rows[:1], tokenizer)).loss
         logps, _ = completion_logps(model, collate_sft(rows, tokenizer))
-    assert both == pytest.approx(math.exp(-logps.mean()), rel=1e-5)
-    model.train()
-    try:
-        perplexity(model, tokenizer, rows[:1])
-        assert model.training
-    finally:
-        model.eval()
-
-
-def test_perplexity_of_nothing_is_refused(embedded):
+    assert perplexity(model, tokenizer, rows[:1]) == pytest.approx(math.exp(loss), rel=1e-5)
+    for size in (1, 2):
+        assert perplexity(model, tokenizer, rows, size) == pytest.approx(math.exp(-logps.mean()), rel=1e-5)
     with pytest.raises(ValueError, match="an empty data set"):
-        perplexity(*embedded, [])
+        perplexity(model, tokenizer, [])
 
 
-# --- generation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_batches_and_left_padding_do_not_change_the_greedy_answers(embedded):
+def test_greedy_match_says_what_generating_would_show(embedded):
     model, tokenizer = embedded
+    prompts = ["What is the capital of France?", "Hi"]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=40)
+    assert "Paris" in answers[0]
+    right, wrong = (
+        [{"prompt": p, "completion": a + x} for p, a in zip(prompts, answers, strict=True)] for x in ("", "!")
+    )
+    assert greedy_match(model, tokenizer, right + wrong, batch_size=3) == [True, True, False, False]
+
+
+# ── generation ───────────────────────────────────────────────────────────────────────────────────────────
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Name a colour.",
+    "Hi",
+    "Write the numbers from one to five, separated by commas, and nothing else.",
+    "Translate to French: Good morning, how are you today? I hope the soup is warm.",
+]
+
+
+@pytest.fixture(scope="module")
+def small(embedded):
+    """A small random model that speaks the embedded one's tokens, and a tokenizer of its own to change."""
+    return tiny_llama(vocab_size=len(embedded[1])), copy.deepcopy(embedded[1])
+
+
+def test_batches_and_left_padding_do_not_change_the_greedy_answers(small):
+    model, tokenizer = small
     expected = []
     for prompt in PROMPTS:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         expected.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
-    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}) > 3  # there is padding to do
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=4) == expected
-    assert "Paris" in expected[0]
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert generate(model, tokenizer, chats, max_new_tokens=8) == expected
+    tokenizer.pad_token = None  # then the end token fills up
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
+    assert generate(model, tokenizer, []) == sample(model, tokenizer, []) == []
 
 
 def test_an_answer_stops_at_the_end_of_its_turn(embedded):
     model, tokenizer = embedded
-    (answer,) = generate(model, tokenizer, ["What is the capital of France?"], max_new_tokens=60)
+    (answer,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=60)
     ids = tokenizer(answer)["input_ids"]
     assert len(ids) < 30  # it ended by itself
-    head = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    head = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():  # and what the model says next is the end of the turn
         after = model(torch.tensor([head + ids])).logits[0, -1].argmax().item()
     assert tokenizer.convert_ids_to_tokens(after) == "<|im_end|>"
     assert "<|im_end|>" not in answer
 
 
-def test_no_prompts_no_answers_and_the_mode_is_restored(embedded):
-    model, tokenizer = embedded
-    assert generate(model, tokenizer, []) == []
-    model.train()
-    try:
-        assert len(generate(model, tokenizer, ["Hi"], max_new_tokens=1)) == 1
-        assert model.training
-    finally:
-        model.eval()
+def test_samples_are_seeded_and_only_those_that_ended_are_kept(small):
+    model, tokenizer = small
+    state, settings = torch.get_rng_state(), {"n": 3, "max_new_tokens": 4, "batch_size": 2}
+    # the end of Gemma's turns is known to the generation config alone: here, of half of all tokens
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
+    answers = sample(model, tokenizer, PROMPTS, **settings, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(answers) == len(PROMPTS)
+    assert 5 < sum(map(len, answers)) <= 15
+    assert sample(model, tokenizer, PROMPTS, **settings, seed=1) == answers
+    assert sample(model, tokenizer, PROMPTS, **settings, seed=2) != answers
+    model.generation_config.eos_token_id = None
+    assert sample(model, tokenizer, PROMPTS, **settings) == [[]] * len(PROMPTS)  # none ends in four tokens
+    for wrong in ({"n": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match=r"n=\d, temperature=.*; draw one answer or more"):
+            sample(model, tokenizer, PROMPTS, **wrong)
+
+
+def test_every_module_is_put_back_even_after_an_exception(small, monkeypatch):
+    model, tokenizer = small
+    model.train().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    row = {"prompt": "Hi", "completion": "Hello."}
+    generate(model, tokenizer, ["Hi"], max_new_tokens=1)
+    perplexity(model, tokenizer, [row])
+    greedy_match(model, tokenizer, [row])
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(TypeError):
+        generate(model, tokenizer, ["Hi"])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_tokenizer_that_cannot_chat_or_end_and_a_bare_text_are_refused_with_the_mend(small):
+    model, tokenizer = small[0], copy.deepcopy(small[1])
+    with pytest.raises(ValueError, match="prompts is one text, 'Hi'; put it into a list"):
+        generate(model, tokenizer, "Hi")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no end token; set tokenizer.eos_token"):
+        generate(model, tokenizer, ["Hi"])
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat_template; take an instruct model's, or set one"):
+        sample(model, tokenizer, ["Hi"])

@@ -1,38 +1,264 @@
-"""A packed row computes what a padded batch does: hidden states and gradients, wherever the padding stood."""
+"""The loss is the model's own, for every kind of model; a packed row computes what a padded batch does."""
 
+import copy
+import math
+
+import pytest
 import torch
-from hypothesis import given, settings
+from helpers import tiny_llama, tiny_model, token_batch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, LlamaForCausalLM
 
-from spark_ft.scoring import pack, packed_attention
+from spark_ft import AdapterConfig, adapters_disabled, add_adapters, collate_preferences, neftune, with_prompt
+from spark_ft import scoring as sc
+from spark_ft.scoring import completion_logps, head_path, pack, sequence_logps, sft_loss
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+OWN_HEAD = {  # what these kinds do to the logits after the head: scale, cap, or both
+    "cohere", "cohere2", "falcon_h1", "gemma2", "gemma4", "gemma4_text", "granite", "granitemoe",
+    "hyperclovax", "nanochat", "recurrent_gemma", "xlstm",
+}  # fmt: skip
+PLAIN_HEAD = {
+    "bloom", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "gptj", "jamba", "llama", "llama4_text", "mamba",
+    "mixtral", "olmo2", "opt", "phi3", "qwen3_moe", "stablelm",
+}  # fmt: skip
 
 
-def padded(lengths, side="right", seed=0):
-    """Random token ids with padding; the pad tokens are random too, so that anything that reads them shows."""
+def loud(kind, **changes):
+    """A tiny model whose logits are so large that a soft cap acts on them."""
+    model = tiny_model(kind, **changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    return model
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def loss_and_gradient(model, loss):
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    return value.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def our_mean(model, batch):
+    total, count = sft_loss(model, batch)
+    return total / count
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that operations put out while it is on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+    def __enter__(self):
+        self.seen = set()
+        return super().__enter__()
+
+
+# ── the loss of every model ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", sorted(OWN_HEAD | PLAIN_HEAD))
+def test_loss_and_gradient_are_the_models_own(kind):
+    model, batch = loud(kind), token_batch()
+    theirs = loss_and_gradient(model, lambda: model(**batch, use_cache=False).loss)
+    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert relative(ours[1], theirs[1]) < 1e-4
+    assert head_path(model) == ("own" if kind in OWN_HEAD else "head")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_head_that_trains_an_adapted_one_and_a_frozen_one_give_the_models_own_gradient(kind, frozen):
+    model, batch = loud(kind), token_batch()
+    model.requires_grad_(False)
+    model.model.layers[0].mlp.down_proj.requires_grad_(True)
+    if not frozen:
+        add_adapters(model, AdapterConfig(rank=2, targets=("lm_head",)))
+        torch.nn.init.normal_(model.lm_head.lora_B)
+    theirs = loss_and_gradient(model, lambda: model(**batch).loss)
+    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert relative(ours[1], theirs[1]) < 1e-4
+
+
+def test_a_soft_cap_that_small_logits_hide_is_found():
+    model = tiny_model("gemma2", final_logit_softcapping=50.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)
+        assert model(**token_batch()).logits.abs().max() < 0.01
+    assert head_path(model) == "own"
+
+
+def test_the_models_own_head_never_makes_the_logits_of_all_tokens():
+    model, batch = tiny_model("gemma2", vocab_size=101), token_batch(rows=16, length=80)
+    model.requires_grad_(False).model.layers[0].mlp.down_proj.requires_grad_(True)
+    head_path(model)
+    with Shapes() as shapes:
+        total, count = sft_loss(model, batch)
+        total.backward()
+    largest = max(math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (101,))
+    assert largest <= 128 < count
+
+
+def test_the_head_is_compared_once_and_again_when_it_or_a_number_of_the_config_changed():
+    model, batch, passes = tiny_model("gemma2"), token_batch(), []
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    first = head_path(model)
+    compared = len(passes)
+    assert first == head_path(model) == head_path(copy.deepcopy(model)) == "own"
+    assert len(passes) == compared
+    for cap, path in ((None, "head"), (2.0, "own")):
+        model.config.final_logit_softcapping = cap
+        assert our_mean(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        assert head_path(model) == path
+    add_adapters(model, AdapterConfig(rank=2, targets=("lm_head",)))
+    passes.clear()
+    assert head_path(model) == "own"
+    assert len(passes) == compared
+
+
+def test_the_comparison_disturbs_nothing():
+    model = add_adapters(tiny_model("gemma2"), AdapterConfig(rank=2, dropout=0.5)).train()
+    model.model.layers[1].eval()  # a user's choice
+
+    def state():
+        hooks = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        return (
+            hooks,
+            torch.get_rng_state().tolist(),
+            torch.is_grad_enabled(),
+            [p.grad for p in model.parameters()],
+        )
+
+    with neftune(model, 5.0):
+        before = state()
+        head_path(model)
+        assert state() == before
+
+
+def test_a_model_without_numbers_keeps_the_answer_of_its_original():
+    model, batch = tiny_model("gemma2"), token_batch()
+    inputs, *integers = sc.prepare(model, batch)
+    mode = FakeTensorMode()
+    fakes = {id(x): mode.from_tensor(x) for x in [*model.parameters(), *model.buffers()]}
+    with pytest.raises(RuntimeError, match="ask head_path of the real model"):
+        head_path(copy.deepcopy(model, dict(fakes)))
+    head_path(model)
+    copied = copy.deepcopy(model, fakes)
+    inputs = {name: mode.from_tensor(x) for name, x in inputs.items()}
+    prepared = type(sc.prepare(model, batch))(inputs, *map(mode.from_tensor, integers))
+    with mode:
+        shapes = [x.shape for x in (*completion_logps(copied, prepared), *sequence_logps(copied, prepared))]
+    assert shapes == [x.shape for x in (*completion_logps(model, batch), *sequence_logps(model, batch))]
+    assert sft_loss(model, sc.prepare(model, batch)) == sft_loss(model, batch)
+
+
+class Remembering(LlamaForCausalLM):
+    """Its logits depend on more than the hidden states."""
+
+    def forward(self, input_ids, **kwargs):
+        out = super().forward(input_ids, **kwargs)
+        out.logits = out.logits + input_ids[..., None]
+        return out
+
+
+def test_a_model_whose_logits_cannot_be_reproduced_is_refused_with_the_mend():
+    config = tiny_llama(packed=False).config
+    with pytest.raises(ValueError, match=r"logits of Remembering do not follow .* give `train` its own loss"):
+        sft_loss(Remembering(config), token_batch())
+    for other in (AutoModel.from_config(config), torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} is no causal language model"):
+            sft_loss(other, token_batch())
+
+
+def test_hidden_states_targets_and_rows_of_the_completion_tokens():
+    batch = token_batch()
+    for model in (tiny_llama(packed=False), tiny_llama(), tiny_model("gemma2")):
+        with torch.no_grad():
+            hidden, targets, rows = sc.completion_hidden(model, batch)
+            logits = model(**batch).logits
+        places = [(i, t) for i in range(3) for t in range(19) if batch["labels"][i, t + 1] != -100]
+        assert rows.tolist() == [i for i, _ in places]
+        assert targets.tolist() == [batch["labels"][i, t + 1].item() for i, t in places]
+        expected = torch.stack([logits[place] for place in places])
+        torch.testing.assert_close(sc.head_logits(model)(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded):
+    model = tiny_llama(vocab_size=len(embedded[1]))
+    first = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
+    second = {
+        "prompt": "And a very long question about fish?",
+        "chosen": "Cod, cod and cod.",
+        "rejected": "A",
+    }
+    for side in ("chosen", "rejected"):
+        whole, *alone = (
+            with_prompt(collate_preferences(rows, embedded[1]), side)
+            for rows in ([first, second], [first], [second])
+        )
+        logps, counts = sequence_logps(model, whole)
+        for i, batch in enumerate(alone):
+            tokens, _ = completion_logps(model, batch)
+            assert counts[i] == len(tokens)
+            torch.testing.assert_close(logps[i], tokens.sum())
+
+
+def test_rows_without_a_completion_count_nothing():
+    batch = token_batch()
+    batch["labels"][1] = -100
+    for model in (tiny_llama(), tiny_model("gemma2")):
+        logps, counts = sequence_logps(model, batch)
+        assert logps[1] == counts[1] == 0 < counts[0]
+        nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+        assert sft_loss(model, nothing) == (0, 0)
+
+
+# ── packed rows ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def padded(lengths, side="right", prefix=0, seed=0):
+    """Random ids with a common beginning; the padding's ids are random too, so that reading them shows."""
     g = torch.Generator().manual_seed(seed)
     width = max(lengths)
-    ids = torch.randint(3, 97, (len(lengths), width), generator=g)
+    ids = torch.randint(3, 96, (len(lengths), width), generator=g)
+    ids[:, :prefix] = ids[0, :prefix].clone()
     place = torch.arange(width).expand_as(ids)
     n = torch.tensor(lengths)[:, None]
     return ids, ((place < n) if side == "right" else (place >= width - n)).long()
 
 
+def learned(ids, mask, first=2):
+    """A batch that learns the tokens from the `first` of each sequence on."""
+    labels = torch.where(mask.bool() & (mask.cumsum(1) > first), ids, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def test_pack_by_hand():
-    ids = torch.tensor([[7, 8, 0], [9, 0, 0], [4, 5, 6]])
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    ids, mask = (
+        torch.tensor([[7, 8, 0], [9, 0, 0], [4, 5, 6]]),
+        torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]),
+    )
     row = pack(ids, mask)
     assert row.ids.tolist() == [[7, 8, 9, 4, 5, 6]]
     assert row.positions.tolist() == [[0, 1, 0, 0, 1, 2]]
     assert (row.prefix, row.lengths) == (0, [2, 1, 3])
     assert row.places[mask.bool()].tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_pack_by_hand_with_the_padding_in_front():
-    ids = torch.tensor([[0, 7, 8], [4, 5, 6]])
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    row = pack(ids, mask, share_prefix=True)  # nothing is shared where padding stands in front
+    # with the padding in front nothing is shared
+    row = pack(torch.tensor([[0, 7, 8], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), share_prefix=True)
     assert row.ids.tolist() == [[7, 8, 4, 5, 6]]
     assert row.positions.tolist() == [[0, 1, 0, 1, 2]]
     assert (row.prefix, row.lengths) == (0, [2, 3])
@@ -45,37 +271,25 @@ def test_a_shared_prefix_by_hand():
     assert row.ids.tolist() == [[7, 8, 1, 2, 1, 5, 6, 7]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4]]
     assert (row.prefix, row.lengths) == (2, [2, 1, 3])
-    assert [row.places[i][mask[i].bool()].tolist() for i in range(3)] == [
-        [0, 1, 2, 3],
-        [0, 1, 4],
-        [0, 1, 5, 6, 7],
-    ]
-
-
-def test_equal_sequences_keep_a_token_of_their_own_and_one_alone_shares_nothing():
+    places = [row.places[i][mask[i].bool()].tolist() for i in range(3)]
+    assert places == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 5, 6, 7]]
+    # equal sequences keep a token of their own each, and one alone shares nothing
     twins = torch.tensor([[7, 8, 9], [7, 8, 9]])
     assert pack(twins, torch.ones_like(twins), share_prefix=True)[2:4] == (2, [1, 1])
-    assert pack(twins[:1], torch.ones(1, 3, dtype=torch.long), share_prefix=True)[2:4] == (0, [3])
+    assert pack(twins[:1], torch.ones_like(twins[:1]), share_prefix=True)[2:4] == (0, [3])
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    lengths=LENGTHS,
-    prefix=st.integers(0, 4),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    scale=st.sampled_from([None, 0.3]),
-)
+@given(LENGTHS, st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0.3]))
 def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_heads, scale):
     total, heads, dim = prefix + sum(lengths), 4, 8
     g = torch.Generator().manual_seed(total)
     q, k, v = (
         torch.randn(1, n, total, dim, generator=g, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)
     )
-    ours = packed_attention(q, k, v, lengths, prefix, scale)
+    ours = sc.packed_attention(q, k, v, lengths, prefix, scale)
     # the formula over the whole row, with a mask in place of the split; −1 owns the prefix, which all may see
-    owner = torch.cat(
-        [torch.full((prefix,), -1), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))]
-    )
+    owner = torch.tensor([-1] * prefix + [i for i, n in enumerate(lengths) for _ in range(n)])
     allowed = ((owner[:, None] == owner) | (owner == -1)) & torch.ones(total, total).tril().bool()
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
@@ -83,137 +297,92 @@ def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_h
     assert torch.allclose(ours, expected, atol=1e-12)
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
+def check_packed(model, batch):
+    """The packed loss and gradient are transformers' own, the shared prefix computed once or not."""
+    model.requires_grad_(False).model.layers.requires_grad_(True)
+    sc.use_packed_attention(model)
+    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
+    row = sc.packed_row(model, batch)
+    model.set_attn_implementation("sdpa")
+    # transformers counts positions from the padding's start unless it is told
+    at = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    theirs = loss_and_gradient(model, lambda: model(**batch, position_ids=at).loss)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert relative(ours[1], theirs[1]) < 1e-5
+    return row
 
 
-def packed_and_padded(model, lengths, side, prefix=0):
-    """Hidden states of the real tokens, and the gradients of all weights, in both ways."""
-    ids, mask = padded(lengths, side)
-    ids[:, :prefix] = ids[0, :prefix]
-    results = []
-    for packed in (True, False):
-        model.zero_grad()
-        if packed:
-            row = pack(ids, mask, share_prefix=True)
-            places = {"position_ids": row.positions, "lengths": row.lengths, "prefix": row.prefix}
-            hidden = model.base_model(row.ids, **places, use_cache=False).last_hidden_state[0]
-            hidden = hidden[row.places[mask.bool()]]
-        else:
-            # a padded model needs positions too where the padding stands in front
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-            hidden = out.last_hidden_state[mask.bool()]
-        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-        grads = torch.cat([p.grad.flatten() for p in model.base_model.parameters() if p.grad is not None])
-        results.append((hidden.detach(), grads))
-    return results
+@settings(max_examples=15, deadline=None)
+@given(LENGTHS, st.integers(0, 5), st.sampled_from(["right", "left"]), st.sampled_from([1, 2, 4]))
+@example([2, 2, 2], 0, "right", 2)
+def test_a_packed_model_computes_what_transformers_does(lengths, prefix, side, kv_heads):
+    batch = learned(*padded([n + 1 for n in lengths], side, prefix), first=1)
+    check_packed(tiny_llama(num_key_value_heads=kv_heads), batch)
 
 
-@settings(max_examples=12, deadline=None)
-@given(lengths=LENGTHS, side=st.sampled_from(["right", "left"]), kv_heads=st.sampled_from([1, 2, 4]))
-def test_a_packed_model_computes_what_a_padded_one_does(tiny_llama, lengths, side, kv_heads):
-    model = tiny_llama(num_key_value_heads=kv_heads)
-    (hidden, grads), (true_hidden, true_grads) = packed_and_padded(model, lengths, side)
-    assert relative(hidden, true_hidden) < 1e-5
-    assert relative(grads, true_grads) < 1e-5
+@pytest.mark.parametrize("kind", sc.PACKED_KINDS)
+def test_a_kind_that_takes_packed_rows_gives_its_own_loss_and_gradient(kind):
+    model = tiny_model(kind, sliding_window=None, num_hidden_layers=4)
+    assert sc.takes_packed_rows(model.config)
+    for side, prefix in (("right", 0), ("right", 3), ("left", 0)):
+        assert check_packed(model, learned(*padded([6, 11, 4], side, prefix))).prefix == prefix
 
 
-@settings(max_examples=12, deadline=None)
-@given(lengths=st.lists(st.integers(5, 12), min_size=2, max_size=4), prefix=st.integers(1, 5))
-def test_a_prefix_computed_once_gives_the_same_states_and_gradients(tiny_llama, lengths, prefix):
+def test_windows_random_attention_and_unknown_kinds_do_not_take_packed_rows():
+    windowed = tiny_model("mistral")  # its window is 8 tokens
+    for model in (windowed, tiny_llama(attention_dropout=0.1), tiny_model("gemma2")):
+        assert not sc.takes_packed_rows(model.config)
+
+
+def test_a_packed_step_makes_no_mask_of_all_tokens_by_all_tokens():
+    batch = learned(*padded([30, 41, 25], prefix=4))
+    for model in (tiny_llama(), add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()):
+        head_path(model)
+        tokens = sc.packed_row(model, batch).ids.numel()
+        with Shapes() as shapes:
+            sft_loss(model, batch)[0].backward()
+        assert not [shape for shape in shapes.seen if shape[-2:] == (tokens, tokens)]
+        assert (1, 4, tokens, 8) in shapes.seen  # it saw the queries, so it would have seen a mask
+
+
+def test_a_sequence_does_not_see_its_neighbours():
     model = tiny_llama()
-    (hidden, grads), (true_hidden, true_grads) = packed_and_padded(model, lengths, "right", prefix)
-    assert relative(hidden, true_hidden) < 1e-5
-    assert relative(grads, true_grads) < 1e-5
-
-
-def test_sequences_of_one_token_each(tiny_llama):
-    (hidden, grads), (true_hidden, true_grads) = packed_and_padded(tiny_llama(), [1, 1, 1], "right")
-    assert relative(hidden, true_hidden) < 1e-5
-    assert relative(grads, true_grads) < 1e-5
-
-
-def test_a_sequence_does_not_see_its_neighbours(tiny_llama):
-    model = tiny_llama()
-    ids, mask = padded([5, 7])
+    row = pack(*padded([5, 7]))
     with torch.no_grad():
-        row = pack(ids, mask)
-        places = {"position_ids": row.positions, "lengths": row.lengths}
-        before = model.base_model(row.ids, **places).last_hidden_state[0]
+        before = model.base_model(**row.inputs()).last_hidden_state[0]
         row.ids[0, 2] = 3 + (row.ids[0, 2] + 1) % 90  # another third token of the first sequence
-        after = model.base_model(row.ids, **places).last_hidden_state[0]
-    same = (before == after).all(-1).tolist()
-    assert same == [True] * 2 + [False] * 3 + [True] * 7
+        after = model.base_model(**row.inputs()).last_hidden_state[0]
+    assert (before == after).all(-1).tolist() == [True] * 2 + [False] * 3 + [True] * 7
 
 
-def test_without_lengths_the_model_computes_what_transformers_does(tiny_llama):
+def test_without_lengths_the_model_computes_what_transformers_does():
     ids, mask = padded([4, 9])
     ours, theirs = tiny_llama(), tiny_llama(packed=False)
     with torch.no_grad():
         a, b = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, theirs))
         assert torch.equal(a, b)
-        mine, hf = (
-            m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-            for m in (ours, theirs)
-        )
+        settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+        mine, hf = (model.generate(input_ids=ids, **settings) for model in (ours, theirs))
     assert torch.equal(mine, hf)
 
 
-def test_the_packed_models_loss_is_transformers_own(tiny_llama):
-    from spark_ft.scoring import completion_logps
+def test_nothing_is_shared_where_something_random_acts():
+    batch = learned(*padded([6, 11, 4], prefix=3))
 
-    model = tiny_llama(packed=True)
-    ids, mask = padded([6, 11, 2])
-    labels = torch.where(mask.bool(), ids, -100)
-    labels[1, :4] = -100
-    logps, rows = completion_logps(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
-    assert rows.bincount().tolist() == [5, 7, 1]  # the first token of a row is never predicted
-    theirs = tiny_llama(packed=False)(input_ids=ids, attention_mask=mask, labels=labels).loss
-    assert abs(-logps.mean() - theirs) < 1e-5 * theirs
-    padded_logps, _ = completion_logps(
-        tiny_llama(packed=False), {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    )
-    assert torch.allclose(logps, padded_logps, atol=1e-5)
+    def prefix(model):
+        return sc.packed_row(model, batch).prefix
 
-
-def test_a_shared_beginning_changes_no_loss_and_dropout_turns_sharing_off(tiny_llama):
-    from spark_ft.adapters import AdapterConfig, add_adapters
-    from spark_ft.scoring import completion_logps
-
-    ids, mask = padded([6, 11, 4])
-    ids[:, :3] = ids[0, :3]
-    labels = torch.where(mask.bool(), ids, -100)
-    labels[:, :2] = -100
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    seen = []
-    for dropout in (0.0, 0.1):
-        model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=dropout)).train()
-        model.base_model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-        logps, _ = completion_logps(model, batch)
-        logps.sum().backward()
-        plain, _ = completion_logps(tiny_llama(packed=False), batch)
-        assert dropout or torch.allclose(
-            logps, plain, atol=1e-5
-        )  # B is zero, so the adapted model is the plain one
-    assert seen == [21 - 2 * 3, 21]
-
-
-def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded, tiny_llama):
-    from spark_ft.data.batches import collate_preferences, collate_sft, with_prompt
-    from spark_ft.scoring import sequence_logps
-
-    tokenizer = embedded[1]
-    model = tiny_llama(vocab_size=len(tokenizer))
-    rows = [
-        {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."},
-        {"prompt": "And a very long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"},
-    ]
-    batch = collate_preferences(rows, tokenizer)
-    for side in ("chosen", "rejected"):
-        logps, counts = sequence_logps(model, with_prompt(batch, side))
-        for i, row in enumerate(rows):
-            alone = collate_sft([{"prompt": row["prompt"], "completion": row[side]}], tokenizer)
-            expected, count = sequence_logps(model, alone)
-            torch.testing.assert_close(logps[i], expected[0])
-            assert counts[i] == count[0]
+    assert prefix(add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()) == 3
+    model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=0.1))
+    assert (prefix(model.train()), prefix(model.eval())) == (0, 3)
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.dropout = 0.0
+    assert prefix(model) == 3
+    with neftune(model, 5.0):
+        assert prefix(model) == 0
+        with adapters_disabled(model):
+            assert prefix(model) == 3
+    model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.1)).train()
+    assert prefix(model) == 0
