@@ -1,4 +1,4 @@
-"""Data: records and their formats, cleaning, chat templates, batches and pairs. Nothing here knows a model."""
+"""Data: records, formats, cleaning, chat templates, batches and pairs. Nothing here knows a model."""
 
 from spark_ft.lazy import lazy_names
 
@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "collate_preferences",
             "collate_sft",
             "feedback_batches",
+            "padded",
             "preference_batches",
             "sft_batches",
             "with_prompt",

@@ -30,8 +30,8 @@ def collate_sft(
 
     Args:
         records: B rows that `render` takes, in a list or a `datasets.Dataset`.
-        max_length: longer rows lose tokens from the start of their prompt, never any of the last answer; a
-            token that begins every text (BOS) stays. A warning counts these rows, and those that lose their
+        max_length: longer rows lose tokens at the start of their prompt, never any of the last answer; a
+            first token that begins every text (BOS) stays. A warning counts these rows, and those with a
             system turn.
         learn: which tokens: `last_answer`, `all_answers` or `whole_conversation`.
 
@@ -39,52 +39,43 @@ def collate_sft(
         input_ids, attention_mask and labels, each int64 of shape (B, L), L the longest row's length.
 
     Raises:
-        ValueError: with the row: what `render` raises; no rows; a last answer that does not fit max_length
-            behind one token of its prompt.
+        ValueError: with the row: what `render` raises; a last answer that does not fit max_length behind one
+            token of its prompt; or no rows.
     """
     return _stack_sft(_each(records, _sft_row, tokenizer, max_length, learn), tokenizer)
 
 
 def collate_preferences(records: Sequence[Record], tokenizer: "Tokenizer", max_length: int = 1024) -> Batch:
-    """One batch of preference rows; each prompt comes once. `with_prompt` makes what a model can be given of a side.
+    """One batch of "preference" rows; `with_prompt` makes what a model can be given of a side.
 
     Args:
-        records: B "preference" rows (prompt, chosen, rejected).
-        max_length: as in `collate_sft`; the prompt is cut alike for both answers, to fit in front of the
-            longer.
+        max_length: as in `collate_sft`; a prompt is cut to fit in front of the longer of its answers.
 
     Returns:
         prompt_ids, prompt_mask (B, P) padded on the left; chosen_ids, chosen_mask (B, C) and rejected_ids,
-        rejected_mask (B, R) padded on the right, each answer with its end-of-turn token; row (B,), its index
-        in `records`.
-
-    Raises:
-        ValueError: as `collate_sft`.
+        rejected_mask (B, R) padded on the right, each with its end-of-turn token; row (B,), its place in
+        `records`.
     """
     return _stack(_each(records, _answers_row, tokenizer, max_length, "preference"), tokenizer)
 
 
 def collate_feedback(records: Sequence[Record], tokenizer: "Tokenizer", max_length: int = 1024) -> Batch:
-    """One batch of feedback rows, with the mismatched pairs that KTO's KL estimate needs.
+    """One batch of "feedback" rows, two or more, with the mismatched pairs that KTO's KL estimate needs.
 
     Args:
-        records: B "feedback" rows (prompt, completion, label).
-        max_length: as in `collate_sft`. A mismatched pair may be longer by as much as its completion is
-            longer than the prompt's own.
+        max_length: as in `collate_sft`; a mismatched pair may exceed it, if its completion is longer than the
+            own.
 
     Returns:
         prompt_ids, prompt_mask (B, P) padded on the left; completion_ids, completion_mask (B, C) padded on
         the right; mismatched_ids, mismatched_mask (B, C), the completion of the row before (of the last row,
-        for the first); desirable (B,) bool; row (B,), its index in `records`.
-
-    Raises:
-        ValueError: as `collate_sft`; or fewer than two rows.
+        for the first); desirable (B,) bool; row (B,), its place in `records`.
     """
     return _stack_feedback(_each(records, _answers_row, tokenizer, max_length, "feedback"), tokenizer)
 
 
 def with_prompt(batch: Batch, side: str) -> Batch:
-    """Prompt and one answer as `sequence_logps` takes them: input_ids, attention_mask, labels (B, L), right-padded.
+    """Prompt and one answer as `sequence_logps` takes them: input_ids, attention_mask, labels, right-padded.
 
     Args:
         batch: of `collate_preferences` or `collate_feedback`.
@@ -108,11 +99,10 @@ def sft_batches(
     max_length: int = 1024,
     learn: Learn = last_answer,
 ) -> Callable[[int], Batch]:
-    """The batch of optimizer step t, as a pure function of (seed, t): a resumed run asks for the step it stopped at.
+    """The batch of step t, as a pure function of seed and t: a resumed run asks for the step it stopped at.
 
     The rows form one endless stream: epoch after epoch, each a seeded permutation of all N rows. Step t takes
-    rows t·B … t·B + B − 1 of the stream, so each row comes exactly once per epoch, nothing is dropped, and a
-    batch at the end of an epoch is filled from the start of the next.
+    rows t·B … t·B + B − 1 of it, so each row comes exactly once per epoch and nothing is dropped.
 
     Args:
         records: N rows; all are tokenized here, once, so that a bad one is met before training starts.
@@ -127,7 +117,7 @@ def sft_batches(
 def preference_batches(
     records: Sequence[Record], tokenizer: "Tokenizer", batch_size: int, seed: int = 0, max_length: int = 1024
 ) -> Callable[[int], Batch]:
-    """`sft_batches` for preference rows: step t's batch as `collate_preferences` makes it; `row` tells which they are."""
+    """`sft_batches` of what `collate_preferences` makes; `row` tells which rows they are."""
     rows = _each(records, _answers_row, tokenizer, max_length, "preference")
     return _by_step(rows, lambda chosen: _stack(chosen, tokenizer), batch_size, seed)
 
@@ -135,7 +125,7 @@ def preference_batches(
 def feedback_batches(
     records: Sequence[Record], tokenizer: "Tokenizer", batch_size: int, seed: int = 0, max_length: int = 1024
 ) -> Callable[[int], Batch]:
-    """`sft_batches` for feedback rows: step t's batch as `collate_feedback` makes it; `row` tells which they are."""
+    """`sft_batches` of what `collate_feedback` makes; `row` tells which rows they are."""
     rows = _each(records, _answers_row, tokenizer, max_length, "feedback")
     return _by_step(rows, lambda chosen: _stack_feedback(chosen, tokenizer), batch_size, seed)
 
@@ -169,13 +159,12 @@ def _each(records, encode: Callable[..., dict], tokenizer, max_length: int, choi
         lost += row.pop("lost")
         rows.append({"row": index, **row})
     if lost:
-        systems = sum(chat.turns[0]["role"] == "system" for _, chat in lost)
-        warnings.warn(
-            f"{len(lost)} of {len(rows)} rows lost the start of their prompt, "
-            f"{systems or 'none'} of them a system turn; raise max_length from {max_length} to "
-            f"{max_length + max(over for over, _ in lost)} to keep all",
-            stacklevel=3,
+        system = sum(chat.turns[0]["role"] == "system" for _, chat in lost)
+        whole = max_length + max(over for over, _ in lost)
+        told = (
+            f"{len(lost)} of {len(rows)} rows lost the start of their prompt, {system} of them a system turn"
         )
+        warnings.warn(f"{told}; raise max_length from {max_length} to {whole} to keep all", stacklevel=3)
     return rows
 
 
@@ -186,6 +175,8 @@ def _sft_row(record, tokenizer, max_length: int, learn: Learn) -> dict:
     prompt, answer = render(record, tokenizer)
     begin = _begin(prompt, _room(answer, max_length), tokenizer)
     ids, learned = (tokens[:begin] + tokens[begin + over :] for tokens in (ids, learned))
+    if not any(learned):
+        raise ValueError(f"nothing to learn is left by truncation to max_length={max_length}; raise it")
     return {"ids": ids, "learned": learned, "lost": [(over, conversation(record))]}
 
 
@@ -207,20 +198,20 @@ def _answers_row(record, tokenizer, max_length: int, kind: str) -> dict:
 def _room(answer: list[int], max_length: int) -> int:
     if len(answer) >= max_length:  # the first token of the answer is predicted from the token before it
         raise ValueError(
-            f"a completion cut to nothing by truncation: its {len(answer)} tokens and one of the prompt do not fit "
-            f"max_length={max_length}; raise it to {len(answer) + 1} or more, or shorten the completion"
+            f"a completion of {len(answer)} tokens and one of its prompt do not fit max_length={max_length}; "
+            f"raise it to {len(answer) + 1} or more, or shorten the completion"
         )
     return max_length - len(answer)
 
 
 def _begin(prompt: list[int], room: int, tokenizer) -> int:
-    # 1 where the first token begins every text, which models lean on: a control token that never comes again.
-    # (The embedded model's bos_token opens every turn: kept, it would open one that has no role.)
+    # 1 where the first token begins every text, which models lean on: a control token that does not come
+    # again. The embedded model's bos_token opens every turn, and kept, it would open one without a role.
     return int(room > 1 and prompt[0] in tokenizer.all_special_ids and prompt[0] not in prompt[1:])
 
 
 def padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token lists as one (rows, length) tensor, filled up on the right (or left), and the mask of real tokens."""
+    """Token lists as one (rows, length) tensor, padded on the right or left, and the mask of real tokens."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), filler), torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -246,9 +237,7 @@ def _stack(rows: list[dict], tokenizer) -> Batch:
 
 def _stack_feedback(rows: list[dict], tokenizer) -> Batch:
     if len(rows) < 2:
-        raise ValueError(
-            "one feedback row has no other to be mismatched with, as KTO's KL needs; batch two or more"
-        )
+        raise ValueError("one feedback row has no other to be mismatched with, as KTO's KL needs; batch two")
     batch = _stack(rows, tokenizer)
     for name in ("ids", "mask"):
         batch[f"mismatched_{name}"] = batch[f"completion_{name}"].roll(1, 0)
@@ -256,6 +245,5 @@ def _stack_feedback(rows: list[dict], tokenizer) -> Batch:
 
 
 def _filler(tokenizer) -> int:
-    # Padding is known by its place, never by its id: here pad and eos are the same token, and eos must be
-    # learned.
+    # Padding is known by its place, never by its id: pad and eos may be one token, and eos must be learned.
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

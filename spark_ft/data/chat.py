@@ -1,7 +1,4 @@
-"""Chat templates, and which tokens of a conversation are learned.
-
-Nothing here knows a model's special tokens: every text goes through the tokenizer's own chat template.
-"""
+"""Chat templates, and which tokens are learned; all text goes through the tokenizer's own template."""
 
 import re
 from collections.abc import Mapping
@@ -11,17 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from spark_ft.data.records import REFUSED, Record, find_fault, is_empty
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORE = -100  # the label that transformers' and torch's cross-entropy leave out
 Marked = tuple[list[int], list[bool]]
 
-_OTHER = "give the tokenizer another chat_template"
+_OTHER = "give the tokenizer another chat_template"  # the mend of what a template does
 _TAG = re.compile(r"(</?[\w|]+>)")
 
 
 class Conversation(NamedTuple):
-    """Turns and tools, as a template takes them; each turn's name in the row, and whether it may be learned."""
+    """Turns and tools as a template takes them; each turn's name in its row, and if it may be learned."""
 
     turns: list[dict[str, str]]
     names: list[str]
@@ -30,14 +27,11 @@ class Conversation(NamedTuple):
 
 
 def conversation(record: Record, answer: str | None = None) -> Conversation:
-    """A row as turns, the last of them the answer; the text of a `system` field comes first.
+    """A row as turns, the last of them the answer; a `system` beside them comes first.
 
     Args:
         record: an "sft", "feedback" or "chat" row; with `answer`, any row that was checked.
         answer: the field with the answer.
-
-    Raises:
-        ValueError: a bad row; a chat without a last answer; a message with a field that is not rendered.
     """
     chat = answer is None and isinstance(record, Mapping) and record.get("messages") is not None
     if answer is None and (complaint := find_fault(record, "chat" if chat else "sft")):
@@ -46,7 +40,7 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
         messages = [{k: v for k, v in message.items() if not is_empty(v)} for message in record["messages"]]
         names = [f'"messages" at [{i}]' for i in range(len(messages))]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError('"messages" must end with an answer by the assistant; add one or drop the row')
+            raise ValueError('"messages" must end with an answer by the assistant; add one')
     else:
         fields = {"prompt": "user", answer or "completion": "assistant"}
         messages = [{"role": role, "content": record[field]} for field, role in fields.items()]
@@ -54,7 +48,7 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
     for name, message in zip(names, messages, strict=True):
         # `from` is what sharegpt_to_messages notes for the way back
         if more := sorted(message.keys() - {"role", "content", "weight", "from"}):
-            mend = {**REFUSED, "train": 'write "weight": 0 or 1'}.get(more[0], "write it into the content")
+            mend = {"train": 'write "weight": 0 or 1', **REFUSED}.get(more[0], "write it into the content")
             raise ValueError(f'{name} has "{more[0]}", which is not rendered; {mend}, or take it out')
         if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
             raise ValueError(f"{name} has the weight {message['weight']!r}; only answers have one, 0 or 1")
@@ -65,8 +59,8 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
     return Conversation(turns, names, learnable, record.get("tools") or None)
 
 
-def render(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Token ids of what the model is given and of what it should answer, by the tokenizer's own chat template.
+def render(record: Record, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """Token ids of what the model is given and of what it should answer, by the tokenizer's chat template.
 
     prompt ids + completion ids = the whole conversation, up to and including the answer's end-of-turn token;
     what the template writes after that (often a newline) is cut off, since generation stops there.
@@ -78,23 +72,24 @@ def render(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[i
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
-        ValueError: with field and mend: a bad row; a control token in a text; a template that fails, leaves
-            out a turn, the tools or a part of the answer (it may trim white space at the answer's and its
-            tags' edges), rewrites the prompt once the answer follows, or does not end the turn.
+        ValueError: with field and mend: a bad row; a message with a field that is not rendered; a control
+            token in a text; a template that fails, leaves out a turn, the tools or a part of the answer
+            (white space around it and its tags may go), rewrites the prompt once the answer follows, or does
+            not end the turn.
     """
     return render_turns(conversation(record), tokenizer)
 
 
-def render_turns(chat: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """`render` for a row that was made a `conversation`."""
+def render_turns(chat: Conversation, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """`render` for a `conversation`."""
     control = _control_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
     texts = [turn["content"] for turn in chat.turns]
     for name, text in zip([*chat.names, '"tools"'], [*texts, str(chat.tools)], strict=True):
-        if found := control.search(text):
-            # the tokenizer cannot tell it from the template's own: the text would end its turn, or open
-            # another's
+        if found := control.search(
+            text
+        ):  # the tokenizer would take it for the template's own, the end of a turn
             raise ValueError(
-                f"{name} holds the control token {found[0]!r}; take it out or write it otherwise"
+                f"{name} holds the control token {found[0]!r}; take it out, or write it otherwise"
             )
     prompt = _apply(tokenizer, chat.turns[:-1], chat.tools, prompting=True)
     whole = _apply(tokenizer, chat.turns, chat.tools)
@@ -102,10 +97,10 @@ def render_turns(chat: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tu
     prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, whole))
     completion = ids[len(prompt_ids) :]
     if ids[: len(prompt_ids)] != prompt_ids:
-        mend = "strip it" if texts[-1][0].isspace() else _OTHER
+        start = texts[-1][0]
         raise ValueError(
-            "the chat template does not keep the prompt's tokens when the answer follows: an answer that starts "
-            f"with {texts[-1][0]!r} may melt into the turn's head; {mend}"
+            f"the chat template does not keep the prompt's tokens when an answer that starts with {start!r} "
+            f"follows; {'strip it' if start.isspace() else _OTHER}"
         )
     if tokenizer.eos_token_id not in completion:
         raise ValueError(
@@ -117,7 +112,7 @@ def render_turns(chat: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tu
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer, size: int, special: tuple[str, ...]) -> re.Pattern:
-    # Llama 3's <|start_header_id|> is in the vocabulary only; `size` and `special` change when tokens are
+    # Llama 3's <|start_header_id|> is among the added ones only; `size` and `special` tell when tokens are
     # added
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, sorted({*special, *added}, key=len, reverse=True))) or r"(?!)")
@@ -138,14 +133,15 @@ def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) 
     if chat.tools and _apply(tokenizer, before, None, prompting=True) == prompt:
         raise ValueError(f'the chat template leaves "tools" out; {_OTHER}, or take the field out')
     for i, turn in enumerate(before):
+        # not there to the letter: is it spelled as JSON, is its reasoning dropped on purpose, or is it left
+        # out?
+        others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
         if (
-            turn["content"].strip() not in prompt
-        ):  # spelled as JSON, its reasoning dropped on purpose, or not there?
-            others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
-            if _apply(tokenizer, others, chat.tools, prompting=True) == prompt:
-                raise ValueError(
-                    f"{chat.names[i]}: the chat template leaves it out; {_OTHER}, or take it out"
-                )
+            turn["content"].strip() in prompt
+            or _apply(tokenizer, others, chat.tools, prompting=True) != prompt
+        ):
+            continue
+        raise ValueError(f"{chat.names[i]}: the chat template leaves it out; {_OTHER}, or take it out")
     if not whole.startswith(prompt):
         raise ValueError(f"the chat template writes the prompt otherwise when an answer follows; {_OTHER}")
     place = len(prompt)
@@ -156,32 +152,28 @@ def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) 
         place += len(piece)
 
 
-def last_answer(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, and for each whether it is learned: the last answer and its end-of-turn token."""
+def last_answer(record: Record, tokenizer: "Tokenizer") -> Marked:
+    """Token ids of a conversation, and whether each is learned: the last answer with its end of turn."""
     chat = conversation(record)
     return _mark(chat, [len(chat.turns) - 1], tokenizer)
 
 
-def all_answers(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Token ids of a conversation, and for each whether it is learned: every answer, end-of-turn token included.
-
-    An answer with the weight 0 is not learned.
+def all_answers(record: Record, tokenizer: "Tokenizer") -> Marked:
+    """Token ids of a conversation, and whether each is learned: all answers but those with the weight 0.
 
     Raises:
-        ValueError: as `render`; or the template writes an answer otherwise once more turns follow it, as
-            those do that drop the reasoning of earlier turns; or every answer has the weight 0.
+        ValueError: as `render`; or the template writes an answer otherwise once more turns follow, as those
+            do that drop the reasoning of earlier turns.
     """
     chat = conversation(record)
     return _mark(chat, [i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant"], tokenizer)
 
 
-def whole_conversation(record: Record, tokenizer: "PreTrainedTokenizerBase") -> Marked:
+def whole_conversation(record: Record, tokenizer: "Tokenizer") -> Marked:
     """Token ids of a conversation, all of them learned: what everyone said, and the template's own marks."""
     chat = conversation(record)
     if not all(chat.learnable):
-        raise ValueError(
-            "an answer with the weight 0 would be learned; learn all_answers, or take the weight out"
-        )
+        raise ValueError("an answer has the weight 0; learn all_answers, or take the weight out")
     prompt, completion = render_turns(chat, tokenizer)
     return prompt + completion, [True] * len(prompt + completion)
 

@@ -6,23 +6,21 @@ came in. None of this knows right from wrong: a fluent false answer passes.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import eq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from spark_ft.data.records import KINDS, Record, is_empty, text_fault
+from spark_ft.data.records import ALPACA_BESIDE, KINDS, Check, Record, is_empty, text_fault
 
 SAME = 0.7  # share of trigrams from which two texts count as one
-# Kana, Chinese characters, Thai, Lao, Tibetan, Burmese and Khmer: scripts without spaces between words
-_UNSPACED = (
-    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-)
-_UNSPACED += "\uff66-\uff9f\U00020000-\U0003ffff"
+# Thai to Burmese, Khmer, kana and Chinese characters: scripts without spaces between words
+_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+_UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")  # a character where a script has no spaces
 
 
 class Dropped(NamedTuple):
-    """A row that was dropped: its index in what came in, itself, its kind of fault, why, and whose copy it is."""
+    """A row that was dropped: its index in what came in, itself, its fault, why, and whose copy it is."""
 
     index: int
     record: Record
@@ -50,22 +48,13 @@ def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned
     """
     rows, held_out, dropped = list(records), list(held_out), []
     places = list(range(len(rows)))
-    for step in (
-        drop_broken_encoding,
-        lambda some: drop_leaked(some, held_out),
-        drop_exact_duplicates,
-        drop_near_duplicates,
-        drop_refusals,
-        drop_repetition,
-        drop_cut_off,
-    ):
+    copies = [lambda some: drop_leaked(some, held_out), drop_exact_duplicates, drop_near_duplicates]
+    for step in (drop_broken_encoding, *copies, drop_refusals, drop_repetition, drop_cut_off):
         rows, out = step(rows)
-        gone = {drop.index for drop in out}
-        for drop in out:
-            # a leaked row is a copy of a held-out one, whose number stays; other copies are of rows that came
-            # in
+        for drop in out:  # a held-out row's number stays; other copies are of rows that came in
             copy_of = drop.copy_of if drop.fault == "leaked" or drop.copy_of is None else places[drop.copy_of]
             dropped.append(drop._replace(index=places[drop.index], copy_of=copy_of))
+        gone = {drop.index for drop in out}
         places = [place for i, place in enumerate(places) if i not in gone]
     return Cleaned(rows, sorted(dropped))
 
@@ -75,7 +64,7 @@ def drop_exact_duplicates(records: Iterable[Record]) -> Cleaned:
     first: dict[tuple, int] = {}
 
     def copy(index: int, record: Record) -> tuple[str, int] | None:
-        original = first.setdefault((*_key(record), _tools(record)), index)
+        original = first.setdefault((*_key(record), str(record.get("tools") or "")), index)
         return None if original == index else (f"equals row {original}", original)
 
     return _drop(records, "exact_duplicate", copy)
@@ -87,9 +76,8 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
         |A ∩ B| / |A ∪ B| ≥ threshold
 
     Trigrams are of words, or of characters where a script has no spaces. MinHash with locality-sensitive
-    hashing (datasketch) finds candidates in about linear time, and the share is then counted exactly. Code
-    whose lines are indented otherwise is other code, and other tools make another row, however alike the
-    words.
+    hashing finds candidates in about linear time, and the share is then counted exactly. Code that is
+    indented otherwise, or a row with other tools, is another row, however alike the words.
 
     Args:
         threshold: higher drops fewer. Light edits of a sentence or two keep 0.7; unrelated rows share under
@@ -98,7 +86,7 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
     index = _Near(threshold)
 
     def copy(i: int, record: Record) -> tuple[str, int] | None:
-        if found := index.find("\n".join(_key(record)), number=i, tools=_tools(record)):
+        if found := index.find("\n".join(_key(record)), number=i, tools=str(record.get("tools") or "")):
             return f"shares {found[0]:.0%} of its trigrams with row {found[1]}", found[1]
         return None
 
@@ -106,7 +94,7 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
 
 
 def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold: float = SAME) -> Cleaned:
-    """Drop rows that are in a held-out set too: the same question, or nearly the same row, with any of its answers.
+    """Drop rows that a held-out set has too: the same question, or nearly the same row, whatever its answer.
 
     Args:
         held_out: rows of validation and test sets, of any kind; `copy_of` is the index among them.
@@ -114,7 +102,7 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
     """
     index, asked = _Near(threshold), {}
 
-    def learn(i: int, record: Record) -> None:
+    def keep(i: int, record: Record) -> None:
         for question, answer in _views(record):
             asked.setdefault(_words_only(question), i)
             index.find(f"{question}\n{answer}", number=i)
@@ -127,7 +115,7 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
                 return f"shares {found[0]:.0%} of its trigrams with held-out row {found[1]}", found[1]
         return None
 
-    _drop(held_out, "", learn, name="held-out row")
+    _drop(held_out, "", keep, name="held-out row")
     return _drop(records, "leaked", copy)
 
 
@@ -147,7 +135,7 @@ class _Near:
         self.texts: list[tuple[int, set, list[str], str]] = []
 
     def find(self, text: str, number: int | None = None, tools: str = "") -> tuple[float, int] | None:
-        """(share of trigrams, number) of the most alike text, the earliest of equals; if None, it becomes `number`."""
+        """(share of trigrams, number) of the most alike text, the earliest of equals; without one, add it."""
         grams, indents, sketch = _trigrams(text), _indents(text), self.empty.copy()
         sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
         best = None
@@ -182,14 +170,15 @@ def _indents(text: str) -> list[str]:
 
 _WHO = r"\b(?:i|we)\b"
 _CANNOT = (
-    r"(?:ca(?:n['’]?t|nnot|n not)|could(?:n['’]t| not)|wo(?:n['’]t|uld rather not)|will not|(?:['’]d|would) rather not"
-    r"|(?:['’]m|am|['’]re|are) (?:sorry|afraid|unable|not (?:able|allowed|permitted|comfortable|in a position|designed|going))"
+    r"(?:ca(?:n['’]?t|nnot|n not)|could(?:n['’]t| not)|wo(?:n['’]t|uld rather not)|will not"
+    r"|(?:['’]d|would) rather not|(?:['’]m|am|['’]re|are) (?:sorry|afraid|unable"
+    r"|not (?:able|allowed|permitted|comfortable|in a position|designed|going))"
     r"|(?:must|have to|need to|will have to|['’]ll have to) (?:\w+ )?(?:decline|refuse)|decline|refuse"
     r"|do(?:n['’]t| not) (?:feel comfortable|think (?:it|that) (?:is|would be) appropriate|have the ability))"
 )
 _DOING = (
-    r"(?:(?:help|assist|answer|provid|offer|giv|discuss|advis|recommend|compl|fulfil|respond|engag|shar|support|continu|participat"
-    r"|generat|creat|produc|writ|tell|explain|talk)\w{0,5}"
+    r"(?:(?:help|assist|answer|provid|offer|giv|discuss|advis|recommend|compl|fulfil|respond|engag|shar|support"
+    r"|continu|participat|generat|creat|produc|writ|tell|explain|talk)\w{0,5}"
     r"|do (?:that|this)|go into|with (?:that|this|your)|(?:this|that|your) request)"
 )
 REFUSAL = re.compile(
@@ -199,20 +188,18 @@ REFUSAL = re.compile(
     r"|\bas an? (?:\w+ )?assistant,? i\b"
     r"|(?:\bnot|n['’]t) (?:something|a (?:question|topic|request|subject)) (?:that )?(?:i|we)\b"
     r"|\b(?:unable|not able) to (?:help|assist|answer|provide|comply|fulfil\w*)"
-    r"|\b(?:not (?:be )?(?:appropriate|right|responsible)|inappropriate|irresponsible|unethical) (?:for|of) me\b"
+    r"|\b(?:not (?:be )?(?:appropriate|right|responsible)|inappropriate|irresponsible|unethical)"
+    r" (?:for|of) me\b"
     r"|\bagainst (?:my|our) (?:guidelines|polic\w+|programming|principles|rules)"
     r"|\b(?:request|question|topic)\b[^.!?\n]{0,40}\b(?:goes|falls|is) (?:against|outside|beyond)",
     re.IGNORECASE,
 )
-_QUOTED = re.compile(
-    r"```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$", re.DOTALL | re.MULTILINE
-)
-
+_QUOTED = re.compile(r"(?sm:```.*?(?:```|\Z)|\"[^\"]*\"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|^\s*[-–—>].*$)")
 _SPEAKER = re.compile(r"^\s*[A-Z][\w ]{0,20}:\s.*$", re.MULTILINE)
 
 
 def drop_refusals(records: Iterable[Record]) -> Cleaned:
-    """Drop rows whose answer opens by declining: in its first two sentences, what is quoted or said in a dialogue aside."""
+    """Drop rows whose answer declines in its first two sentences; quotes and dialogue are left out."""
 
     def refusal(answer: str) -> str | None:
         said = _QUOTED.sub(" ", answer[:1000])
@@ -226,22 +213,21 @@ def drop_refusals(records: Iterable[Record]) -> Cleaned:
 
 
 _OPEN_END = re.compile(  # what no sentence ends with, be there a full stop or not
-    r"(?:[,;:(\[{–—-]|\b(?:a|an|the|and|or|but|nor|of|to|with|for|from|by|at|into|onto|than|because|if|when|while|until|unless"
-    r"|whether|whose|your|my|their|our|its|every|between|without))$",
-    re.IGNORECASE,
+    r"(?i:[,;:(\[{–—-]|\b(?:a|an|the|and|or|but|nor|of|to|with|for|from|by|at|into|onto|than|because|if|when"
+    r"|while|until|unless|whether|whose|your|my|their|our|its|every|between|without))$"
 )
-_CLOSED = re.compile(
-    r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$"
-)  # a sentence's end, a closing mark, or an emoji
+# a sentence's end, a closing mark, or an emoji
+_CLOSED = re.compile(r"[.!?…。！？:;)\]}\"'”’»`*_|>]$|[^\w\s,(\[{–—-]$")
+_NUMBER_END = re.compile(r"\d[^\w\s]?\s?[^\w\s]?\w{0,3}$")  # its unit too
 _ITEM = re.compile(r"^\s*(?:[-*•+]|\d+[.)])\s+")
 
 
 def drop_cut_off(records: Iterable[Record]) -> Cleaned:
-    """Drop rows whose answer stops in the middle: in a code fence, in brackets, in a sentence or word, or in a list.
+    """Drop rows whose answer stops in the middle: in a code fence, brackets, a sentence or word, or a list.
 
     A last line without a full stop counts only where the lines or sentences before it have theirs, or where
-    it ends in a word that nothing ends with ("and", "the", a comma): titles, lists of names, verses and bare
-    numbers need no full stop.
+    it ends in what nothing ends with ("and", "the", a comma): titles, lists, verses and bare numbers need no
+    full stop.
     """
     return _drop_answers(records, "cut_off", _cut_off)
 
@@ -250,13 +236,11 @@ def _cut_off(answer: str) -> str | None:
     text = answer.rstrip()
     if text.count("```") % 2:
         return "a code fence is opened and never closed"
-    if text.endswith("```"):
-        return None
     if text[:1] in "{[" and text[-1:] not in "}]":
         return f"a bracket is opened by {text[:1]!r} and never closed"
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines = [line for line in prose.splitlines() if line.strip()]
-    if not lines:
+    if text.endswith("```") or not lines:
         return None
     last = lines[-1].rstrip()
     ending = last[-30:]
@@ -270,29 +254,20 @@ def _cut_off(answer: str) -> str | None:
     if _CLOSED.search(said[-2:]):
         return None
     before = re.split(r"(?<=[.!?…])\s+", said)[:-1]  # sentences of the last line itself
-    if any(re.search(r"\w", sentence) for sentence in before) and not _ends_in_number(said):
+    if any(re.search(r"\w", sentence) for sentence in before) and not _NUMBER_END.search(said[-10:]):
         return f"the last sentence has no end: {ending!r}"
-    item = bool(_ITEM.match(last))
-    kin = [
-        line.rstrip()
-        for line in lines[:-1]
-        if bool(_ITEM.match(line)) == item and not line.rstrip().endswith(":")
-    ]
+    item, earlier = bool(_ITEM.match(last)), (line.rstrip() for line in lines[:-1])
+    kin = [line for line in earlier if bool(_ITEM.match(line)) == item and not line.endswith(":")]
     closed = sum(bool(_CLOSED.search(line[-2:])) for line in kin)
     short = not item and len(said.split()) < 5  # "Enjoy your meal", a name under a letter
-    if kin and 2 * closed > len(kin) and not short and not _ends_in_number(said):
+    if kin and 2 * closed > len(kin) and not short and not _NUMBER_END.search(said[-10:]):
         return f"the last line has no end, those before it have: {ending!r}"
     if not kin and len(said.split()) > 12:
         return f"a long sentence has no end: {ending!r}"
     return None
 
 
-def _ends_in_number(text: str) -> bool:
-    return bool(re.search(r"\d[^\w\s]?\s?[^\w\s]?\w{0,3}$", text[-10:]))  # its unit too
-
-
-# What UTF-8 looks like when it was read as cp1252 or Latin-1: a lead byte's character and those of its
-# continuation bytes.
+# UTF-8 that was read as cp1252 or Latin-1: a lead byte's character and those of its continuation bytes
 _CP1252 = {char: byte for byte in range(0x80, 0xA0) if (char := bytes([byte]).decode("cp1252", "ignore"))}
 _BYTE = {**{chr(byte): byte for byte in range(0x80, 0x100)}, **_CP1252}
 _LATER = "[" + "".join(re.escape(char) for char, byte in _BYTE.items() if byte < 0xC0) + "]"
@@ -300,11 +275,11 @@ _MOJIBAKE = re.compile(f"[Â-Û]{_LATER}|(?:[à-ï]{_LATER}{{2}})+|[ð-ô]{_LATE
 
 
 def mend_encoding(text: str) -> str:
-    """Text with UTF-8 that was read as cp1252 or Latin-1 put right, however often it happened: "CrÃ¨me" → "Crème".
+    """UTF-8 that was read as cp1252 or Latin-1, perhaps more than once, put right: "CrÃ¨me" → "Crème".
 
     Only what comes out as common text is put right: Latin, Greek, Cyrillic, Hebrew and Arabic letters,
-    punctuation, signs, emoji, and Asian scripts from two characters on. So "CAFÉ»" and "fiancé—“yes”" stay.
-    What was lost (�) cannot be mended.
+    punctuation, signs, emoji, and Asian scripts from two characters on: "CAFÉ»" stays. What was lost (�)
+    cannot be mended.
     """
 
     def right(found: re.Match) -> str:
@@ -314,9 +289,7 @@ def mend_encoding(text: str) -> str:
             return found[0]
         code = ord(said[0])
         twice_latin1 = 0x80 <= code < 0xA0 and found[0][1] == said[0]
-        letter = (
-            0xA0 <= code < 0x180 or 0x370 <= code < 0x700 or said[0] in _CP1252
-        )  # whose ˜ ˆ ƒ come of two wrong readings
+        letter = 0xA0 <= code < 0x180 or 0x370 <= code < 0x700 or said[0] in _CP1252  # ˜ ˆ ƒ: twice wrong
         sign = 0x2000 <= code < 0x2E80 or code in (0xFE0F, 0xFEFF) or code >= 0x1F000
         return said if twice_latin1 or letter or sign or len(said) > 1 else found[0]
 
@@ -326,28 +299,29 @@ def mend_encoding(text: str) -> str:
 
 
 def drop_broken_encoding(records: Iterable[Record]) -> Cleaned:
-    """Drop rows with letters that were lost (�), control characters, or UTF-8 read as something else (see `mend_encoding`)."""
+    """Drop rows with lost letters (�), control characters, or what `mend_encoding` would change."""
 
-    def broken(record: Record) -> str | None:
+    def broken(_: int, record: Record) -> str | None:
         for text in _key(record):
             mended = mend_encoding(text)
             if found := re.search(r"[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[\x80-\x9f]", mended):
                 return f"holds {found[0]!r} in {text[max(0, found.start() - 10) : found.start() + 10]!r}"
             if mended != text:
                 place = next(i for i, (a, b) in enumerate(zip(text, mended + "\0", strict=False)) if a != b)
-                return f"{text[max(0, place - 8) : place + 8]!r} should be {mended[max(0, place - 8) : place + 6]!r}"
+                start = max(0, place - 8)
+                return f"{text[start : place + 8]!r} should be {mended[start : place + 6]!r}"
         return None
 
-    return _drop(records, "encoding", lambda _, record: _alone(broken(record)))
+    return _drop(records, "encoding", broken)
 
 
 def drop_repetition(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer runs in a loop: the same words over and over, with nothing between.
 
-    A word or two must come five times in a row, a phrase of three to five words four times, a longer stretch
-    four times or, at the answer's end, three: a step that is repeated for a reason is followed by another, a
-    loop runs until it is stopped. Where a script has no spaces, two characters count as a word, and a single
-    one must come ten times. Code and tables are left alone, where repetition has its reasons too.
+    A word or two must come five times in a row, a phrase four times, one of six words or more also three
+    times at the answer's end: a step that is repeated for a reason is followed by another, a loop runs until
+    it is stopped. Where a script has no spaces, two characters count as a word, and a single one (laughter)
+    must come ten times. Code and tables are left alone, where repetition has its reasons too.
     """
 
     def loop(answer: str) -> str | None:
@@ -361,78 +335,64 @@ def drop_repetition(records: Iterable[Record]) -> Cleaned:
             if place < 0 and period > 5 * size and again.endswith(b"\1" * period * 2):
                 place, times = len(again) - 2 * period, 3
             if place >= 0:
-                said = " ".join(words[place : place + period])
+                said = ("" if size == 2 else " ").join(words[place : place + period])
                 return f"says {times} times in a row: {said[:60]!r}"
         return None
 
     return _drop_answers(records, "repetition", loop)
 
 
-# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 _CHATS = (("chat", "messages", "role", "content"), ("sharegpt", "conversations", "from", "value"))
 _ASKING, _ANSWERING = ("prompt", "instruction", "input"), ("completion", "chosen", "rejected", "output")
+_ANSWERER = ("assistant", "gpt", "chatgpt", "bot")
 
 
 def _turns(record: Record) -> list[tuple[str, str]]:
     """(who, text) of every turn, whatever the record's kind; of several answers to one question, each."""
-    turns = [("question", _text(record, "system"))]
+    turns = [("question", _field(record, "system", text_fault))]
     for kind, field, who, what in _CHATS:
-        if not is_empty(record.get(field)):
-            if fault := KINDS[kind][field](record[field]):
-                raise ValueError(f'"{field}" {fault}')
-            ours = ("assistant", "gpt", "chatgpt", "bot")
-            turns += [("answer" if turn[who] in ours else "question", turn[what]) for turn in record[field]]
-            break
-    else:
-        for question, answer in record.get("history") or ():
+        for turn in _field(record, field, KINDS[kind][field]) or ():
+            turns.append(("answer" if turn[who] in _ANSWERER else "question", turn[what]))
+    if len(turns) == 1:
+        for question, answer in _field(record, "history", ALPACA_BESIDE["history"]) or ():
             turns += [("question", question), ("answer", answer)]
-        turns += [("question", _text(record, name)) for name in _ASKING]
-        turns += [("answer", _text(record, name)) for name in _ANSWERING]
+        turns += [("question", _field(record, name, text_fault)) for name in _ASKING]
+        turns += [("answer", _field(record, name, text_fault)) for name in _ANSWERING]
     if not any(text for _, text in turns):
         fields = list(record)
         raise ValueError(f"no text in a row with the fields {fields}; rename some to prompt and completion")
     return [turn for turn in turns if turn[1]]
 
 
-def _text(record: Record, name: str) -> str:
-    if is_empty(text := record.get(name)):
-        return ""
-    if fault := text_fault(text):
+def _field(record: Record, name: str, check: Check) -> Any:
+    if not isinstance(record, Mapping):
+        raise ValueError("a row must be a JSON object; see read_records")
+    value = record.get(name)
+    if not is_empty(value) and (fault := check(value)):
         raise ValueError(f'"{name}" {fault}')
-    return text
+    return None if is_empty(value) else value
 
 
 def _key(record: Record) -> tuple[str, ...]:
     return tuple(text for _, text in _turns(record))
 
 
-def _tools(record: Record) -> str:
-    return "" if is_empty(record.get("tools")) else str(record["tools"])
-
-
 def _views(record: Record) -> Iterator[tuple[str, str]]:
-    """(question, answer) of a row, the question being all that stands before; for a preference, one per answer."""
+    """(question, answer) of a row; the question is all that stands before. A preference row has two."""
     turns = _turns(record)
-    last = max((i for i, (who, _) in enumerate(turns) if who == "answer"), default=-1)
-    first = last
-    while first > 0 and turns[first - 1][0] == "answer":
-        first -= 1
-    question = "\n".join(text for _, text in turns[: max(first, 0)])
-    yield from ((question, answer) for _, answer in turns[first : last + 1] if last >= 0)
-
-
-def _alone(reason: str | None) -> tuple[str, None] | None:
-    return (reason, None) if reason else None
+    while turns and turns[-1][0] == "question":
+        turns.pop()
+    answers = []
+    while turns and turns[-1][0] == "answer":
+        answers.insert(0, turns.pop()[1])
+    question = "\n".join(text for _, text in turns)
+    yield from ((question, answer) for answer in answers)
 
 
 def _drop(
-    records: Iterable[Record],
-    fault: str,
-    why: Callable[[int, Record], tuple[str, int | None] | None],
-    name: str = "row",
+    records: Iterable[Record], fault: str, why: Callable[[int, Record], Any], name: str = "row"
 ) -> Cleaned:
+    """`why` gives the reason, or the reason and the row it copies, or None."""
     kept, dropped = [], []
     for index, record in enumerate(records):
         try:
@@ -440,7 +400,7 @@ def _drop(
         except ValueError as error:
             raise ValueError(f"{name} {index}: {error}") from error
         if reason:
-            dropped.append(Dropped(index, record, fault, *reason))
+            dropped.append(Dropped(index, record, fault, *([reason] if isinstance(reason, str) else reason)))
         else:
             kept.append(record)
     return Cleaned(kept, dropped)
@@ -449,9 +409,8 @@ def _drop(
 def _drop_answers(records: Iterable[Record], fault: str, why: Callable[[str], str | None]) -> Cleaned:
     """Drop rows any of whose answers is faulty; a rejected answer may be."""
 
-    def first(_: int, record: Record) -> tuple[str, None] | None:
-        rejected = record.get("rejected")
-        reasons = (why(text) for who, text in _turns(record) if who == "answer" and text != rejected)
-        return _alone(next(filter(None, reasons), None))
+    def first(_: int, record: Record) -> str | None:
+        answers = (text for who, text in _turns(record) if who == "answer" and text != record.get("rejected"))
+        return next(filter(None, map(why, answers)), None)
 
     return _drop(records, fault, first)

@@ -39,7 +39,7 @@ def sharegpt_to_messages(row: Record) -> Record:
     way back.
     """
     _check(row, "sharegpt")
-    messages = [{**turn, "from": _COLUMN} for turn in _system_turn(row)]
+    messages = [{**turn, "from": _COLUMN} for turn in _messages(row)]
     for turn in row["conversations"]:
         role = SHAREGPT[turn["from"]]
         unusual = {} if turn["from"] == _USUAL[role] else {"from": turn["from"]}
@@ -80,9 +80,7 @@ def alpaca_to_messages(row: Record) -> Record:
         user = f"{user}\n\n{row['input']}"
     elif row.get("input") is None:
         mark = {"input_start": None}
-    messages = _system_turn(row)
-    for question, answer in [*(row.get("history") or []), (user, row["output"])]:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = _messages(row, *(row.get("history") or []), (user, row["output"]))
     fields = ("instruction", "input", "output", "system", "history")
     return {"messages": messages, **mark, **_rest(row, fields, ("messages", "input_start"))}
 
@@ -110,11 +108,7 @@ def messages_to_alpaca(row: Record) -> Record:
 def sft_to_messages(row: Record) -> Record:
     """prompt, completion, and a system where there is one → messages: one question, one answer."""
     _check(row, "sft")
-    messages = [
-        *_system_turn(row),
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]
+    messages = _messages(row, (row["prompt"], row["completion"]))
     return {"messages": messages, **_rest(row, ("prompt", "completion", "system"), ("messages",))}
 
 
@@ -206,9 +200,7 @@ def ratings_to_thumbs(rows: Iterable[Record], up: float = 4, down: float = 2) ->
         _check(row, "sft", index)
         rating = row.get("rating")
         if isinstance(rating, bool) or not isinstance(rating, (int, float)) or rating != rating:
-            raise ValueError(
-                f'row {index}: "rating" must be a number, not {rating!r}; write one or drop the row'
-            )
+            raise ValueError(f'row {index}: "rating" must be a number, not {rating!r}; write one')
         if rating >= up or rating <= down:
             rest = _rest(row, ("prompt", "completion"), ("label",))
             answer = {"prompt": row["prompt"], "completion": row["completion"]}
@@ -217,13 +209,12 @@ def ratings_to_thumbs(rows: Iterable[Record], up: float = 4, down: float = 2) ->
 
 
 def to_dataset(records: Iterable[Record]) -> "Dataset":
-    """Rows → `datasets.Dataset`, with a column for every field of any row; a row without the field holds null there."""
+    """Rows → `datasets.Dataset`; a column for every field of any row, null in the rows without it."""
     from datasets import Dataset
 
     rows = list(records)
-    fields = dict.fromkeys(
-        field for row in rows for field in row
-    )  # from_list would take the first row's alone
+    # from_list would take the first row's fields alone
+    fields = dict.fromkeys(field for row in rows for field in row)
     columns = {field: [row.get(field) for row in rows] for field in fields}
     try:
         return Dataset.from_dict(columns)
@@ -249,8 +240,11 @@ def _check(row: Record, kind: str, index: int | None = None) -> None:
         raise ValueError(fault if index is None else f"row {index}: {fault}")
 
 
-def _system_turn(row: Record) -> list[Record]:
-    return [] if is_empty(row.get("system")) else [{"role": "system", "content": row["system"]}]
+def _messages(row: Record, *exchanges: tuple[str, str]) -> list[Record]:
+    turns = [] if is_empty(row.get("system")) else [("system", row["system"])]
+    for question, answer in exchanges:
+        turns += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def _questions_and_answers(row: Record, mend: str, most: int = 0) -> tuple[Record, list[str]]:
@@ -273,7 +267,7 @@ def _refuse_more(message: Record, where: str) -> None:
 
 
 def _rest(row: Record, used: tuple[str, ...], taken: tuple[str, ...]) -> Record:
-    """The fields of a row beyond those used up; none may bear the name of one that the result has of its own."""
+    """The fields of a row beyond those used up; none may have the name of one the result has of its own."""
     rest = {key: row[key] for key in row if key not in used and not (key in taken and is_empty(row[key]))}
     if clash := [key for key in taken if key in rest]:
         raise ValueError(f'"{clash[0]}" is there already, and the conversion writes it anew; rename it first')
@@ -283,6 +277,5 @@ def _rest(row: Record, used: tuple[str, ...], taken: tuple[str, ...]) -> Record:
 def _replaced(row: Record, old: str, new: str, value: Any, without: str | None = None) -> Record:
     """The row with one field renamed and given another value, in its place."""
     _rest(row, (old,), (new,))
-    return {
-        (new if key == old else key): (value if key == old else row[key]) for key in row if key != without
-    }
+    names = {old: new}
+    return {names.get(key, key): value if key == old else row[key] for key in row if key != without}

@@ -3,11 +3,11 @@
 import re
 
 _NUMBER = (
-    r"(?:\d[\d.,/⁄]*\s*[½⅓⅔¼¾⅛⅜⅝⅞⅙]?|[½⅓⅔¼¾⅛⅜⅝⅞⅙]"
-    r"|\b(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|third|quarters?|thirds|few|couple of|per)"
-    r"(?=[\s-]))"
+    r"(?:\d[\d.,/⁄]*\s*[½⅓⅔¼¾⅛⅜⅝⅞⅙]?|[½⅓⅔¼¾⅛⅜⅝⅞⅙]|\b(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|twelve"
+    r"|half|third|quarters?|thirds|few|couple of|per)(?=[\s-]))"
 )
-_GAP = r"[\s-]*(?:an?\s+|of\s+)?(?:(?:fluid|fl\.?|US|UK|level|heaped|heaping|packed|scant|generous|full|square)[\s-]+)*"
+_SIZES = "fluid|fl\\.?|US|UK|level|heaped|heaping|packed|scant|generous|full|square"
+_GAP = rf"[\s-]*(?:an?\s+|of\s+)?(?:(?:{_SIZES})[\s-]+)*"
 _DEGREES = r"\d\s*(?:°|º|degrees?|deg\.?)?\s*"
 
 METRIC = re.compile(
@@ -16,9 +16,10 @@ METRIC = re.compile(
     rf"|{_DEGREES}C\b|℃|\b(?i:celsius|centigrade)\b"
 )
 IMPERIAL = re.compile(
-    rf"(?i:{_NUMBER}{_GAP}(?:cups?(?!\s+of\s+(?:tea|coffee|cocoa)\b)|ounces?|oz|pounds?(?!\s+cakes?\b)|lbs?|inch(?:es)?"
-    rf"|pints?|quarts?|gallons?|sticks?\s+of\s+(?:\w+\s+)?butter))\b|\d\s*[\"″](?=\s*(?:x|×|by|pan|tin|round|square|thick"
-    rf"|wide|long|deep|dish)\b)|{_DEGREES}[Ff]\b|℉|\b(?i:fahrenheit)\b"
+    rf"(?i:{_NUMBER}{_GAP}(?:cups?(?!\s+of\s+(?:tea|coffee|cocoa)\b)|ounces?|oz|pounds?(?!\s+cakes?\b)|lbs?"
+    rf"|inch(?:es)?|pints?|quarts?|gallons?|sticks?\s+of\s+(?:\w+\s+)?butter))\b"
+    rf"|\d\s*[\"″](?=\s*(?:x|×|by|pan|tin|round|square|thick|wide|long|deep|dish)\b)"
+    rf"|{_DEGREES}[Ff]\b|℉|\b(?i:fahrenheit)\b"
 )
 
 
@@ -27,8 +28,5 @@ def is_metric(answer: str) -> bool:
 
     Spoons, minutes, pieces and gas marks belong to neither system and decide nothing. Only the units are
     judged, not whether the cooking is right: pair this with reading a few answers.
-
-    Args:
-        answer: the text to judge; "" is not metric.
     """
     return bool(METRIC.search(answer)) and not IMPERIAL.search(answer)

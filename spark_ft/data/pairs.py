@@ -1,51 +1,45 @@
-"""Preference pairs from the model's own answers: sample, judge, pair a good one with a bad one, balance the lengths."""
+"""Preference rows from a model's own answers: judge them, pair good with bad, balance the lengths."""
 
 import math
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import Any
 
+from spark_ft.data.records import Record
 from spark_ft.stats import Estimate, wilson_interval
 
-Record = dict[str, Any]
 Length = Callable[[str], int]
 
 
 def judged_pairs(
     prompts: Sequence[str], answers: Sequence[Sequence[str]], judge: Callable[[str], bool]
 ) -> list[Record]:
-    """Every pair of a good and a bad answer to the same prompt; a prompt whose answers are all good or all bad gives none.
+    """A preference row for each good and each bad answer to the same prompt.
 
     Args:
         prompts: P of them.
         answers: for each prompt its answers, as `sample` draws them; empty ones and repeats are left out.
         judge: whether an answer is good.
-
-    Raises:
-        ValueError: the numbers of prompts and of lists of answers differ.
     """
     if len(prompts) != len(answers):
-        raise ValueError(
-            f"{len(answers)} lists of answers for {len(prompts)} prompts; there must be one for each"
-        )
+        raise ValueError(f"{len(answers)} lists of answers for {len(prompts)} prompts; give one for each")
     pairs = []
     for prompt, drawn in zip(prompts, answers, strict=True):
-        verdicts = {text: judge(text) for text in dict.fromkeys(drawn) if text.strip()}
-        good, bad = (
-            [text for text, verdict in verdicts.items() if verdict is wanted] for wanted in (True, False)
-        )
+        good = {text: judge(text) for text in dict.fromkeys(drawn) if text.strip()}
         pairs += [
-            {"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen in good for rejected in bad
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            for chosen in good
+            for rejected in good
+            if good[chosen] and not good[rejected]
         ]
     return pairs
 
 
 def balance_lengths(pairs: Sequence[Record], length: Length = len, tolerance: float = 0.05) -> list[Record]:
-    """At most one pair a prompt, so chosen that length does not tell the better answer: else that is what would be learned.
+    """At most one row per prompt, so chosen that length does not tell the better answer, lest it be learned.
 
-    Of each prompt's pairs the one nearest to equal lengths is taken. Then as many with the longer answer
+    Of each prompt's rows the one nearest to equal lengths is taken. Then as many with the longer answer
     chosen are kept as with the shorter, and the most unequal go until |Σ len(chosen) / Σ len(rejected) − 1| ≤
-    tolerance. Pairs of equal length all stay.
+    tolerance. Rows of equal length all stay.
 
     Args:
         length: of a text; characters by default, or `lambda text: len(tokenizer(text).input_ids)`.
@@ -80,15 +74,15 @@ def length_ratio(pairs: Sequence[Record], length: Length = len) -> float:
 
 
 def length_baseline(pairs: Sequence[Record], length: Length = len) -> Estimate:
-    """How often the longer answer is the chosen one, with its interval; pairs of equal length tell nothing and are left out.
+    """How often the longer answer is the chosen one, with its interval; rows of equal length are left out.
 
-    An interval that contains one half says that neither "take the longer" nor "take the shorter" finds the
-    chosen answer.
+    An interval that contains one half: neither "take the longer" nor "take the shorter" finds the chosen
+    answer.
 
     Raises:
-        ValueError: no pair has answers of different length.
+        ValueError: no row has answers of different length.
     """
     gaps = [length(pair["chosen"]) - length(pair["rejected"]) for pair in pairs]
     if not any(gaps):
-        raise ValueError("no pair has answers of different lengths; there is nothing that length could tell")
+        raise ValueError("no row has answers of different lengths; length could tell nothing")
     return wilson_interval(sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps))

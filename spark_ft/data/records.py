@@ -93,8 +93,8 @@ def _turns(who: str, what: str, names: tuple[str, ...]) -> Check:
 def _tools(value: Any) -> str | None:
     if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
         return None
-    form = 'write [{"type": "function", "function": {"name": …}}, …]'
-    return _must_be("a list of objects", value, "read it with json.loads" if isinstance(value, str) else form)
+    form = "read it with json.loads" if isinstance(value, str) else 'write [{"type": "function", …}, …]'
+    return _must_be("a list of objects", value, form)
 
 
 def _history(value: Any) -> str | None:
@@ -113,9 +113,8 @@ KINDS: dict[str, dict[str, Check]] = {
     "alpaca": {"instruction": text_fault, "output": text_fault},
 }
 
-# Fields beside a kind's own that change what a row or a message means: those of BESIDE are used, those of
-# REFUSED are refused with this mend, an empty one is as good as absent. Any other field of a row (id, source,
-# …) is a note.
+# Fields beside a kind's own that change what a row or a message means: BESIDE are used, REFUSED are refused
+# with this mend, empty ones are as good as absent. Any other field of a row (id, source, …) is a note.
 REFUSED = {
     "history": 'write its turns as "messages"',
     "functions": 'write them as "tools"',
@@ -157,11 +156,7 @@ def read_records(path: str | Path, kind: str) -> list[Record]:
 
 
 def check_records(records: Iterable[Record], kind: str) -> list[Record]:
-    """Rows from memory or a `datasets.Dataset` as a list, each checked as `iter_records` checks a line.
-
-    Raises:
-        ValueError: with row number (from 0), field and mend, on the first bad row; also if there are no rows.
-    """
+    """Rows from memory or a `datasets.Dataset` as a list, checked as by `iter_records`; the first is row 0."""
     _known(kind)
     checked = []
     for index, record in enumerate(records):
@@ -236,10 +231,10 @@ def _line_fault(line: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "lists and objects are nested too deeply; store that part as a text"
     most = sys.get_int_max_str_digits()
-    place = re.search(rf'"([^"]*)"\s*:[^":]*?(?:\d{{{most + 1},}}|NaN|Infinity)', line.decode())
+    place = re.search(rf'"([^"]*)"\s*:[^":]*?(?:\d{{{most + 1},}}|(-?(?:NaN|Infinity)))', line.decode())
     field = f'"{place[1]}"' if place else "a field"
-    if str(error).endswith(("NaN", "Infinity")):
-        return f"{field} holds {error}, which JSON does not have; write null or drop the row"
+    if place and place[2]:
+        return f"{field} holds {place[2]}, which JSON does not have; write null or drop the row"
     return f"{field} holds a number of more than {most} digits; put it in quotes"
 
 
