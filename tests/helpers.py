@@ -36,14 +36,52 @@ def tiny_llama(seed=0, packed=True, **changes):
     return model
 
 
-# What each kind of model needs beside TINY_MODEL; a kind that is not listed needs nothing.
+TINY_MODEL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 SMALL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+TINY_GEMMA4 = {
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 0,
+    "final_logit_softcapping": 30.0,
+}
+# What each kind of model needs beside TINY_MODEL; a kind that is not listed needs nothing.
 TINY_KINDS = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 0.0625, "sliding_window": 8},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.0195,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
     "gemma2": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
     "gemma3_text": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
+    "gemma4": {
+        "text_config": {**TINY_MODEL, **TINY_GEMMA4},
+        "vision_config": {**TINY_MODEL, "num_hidden_layers": 1},
+        "audio_config": None,
+    },
+    "gemma4_text": TINY_GEMMA4,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {"rotary_pct": 0.25},
     "gpt_oss": {
@@ -55,6 +93,17 @@ TINY_KINDS = {
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "granitemoe": {**SMALL_EXPERTS, "logits_scaling": 6.0},
     "hyperclovax": {"logits_scaling": 0.125},
+    "jamba": {
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+    },
+    "llama4_text": {**SMALL_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
+    "mamba": {"state_size": 8},
     "mistral": {"sliding_window": 8},
     "mixtral": SMALL_EXPERTS,
     "nanochat": {"final_logit_softcapping": 15.0},
@@ -70,25 +119,31 @@ TINY_KINDS = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-}
-TINY_MODEL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "recurrent_gemma": {
+        "logits_soft_cap": 3.0,
+        "lru_width": 64,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+    },
+    "xlstm": {
+        "output_logit_soft_cap": 3.0,
+        "num_blocks": 2,
+        "num_heads": 4,
+        "embedding_dim": 64,
+        "qk_dim_factor": 1.0,
+        "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native",
+        "step_kernel": "native",
+    },
 }
 
 
 def tiny_model(kind, seed=0, dtype=torch.float32, **changes):
     """A small random causal model of a transformers kind ("gemma2", "mixtral" …) in eval mode."""
-    config = AutoConfig.for_model(kind, **{**TINY_MODEL, **TINY_KINDS.get(kind, {}), **changes})
+    shape = {**TINY_MODEL, **TINY_KINDS.get(kind, {}), **changes}
+    if kind == "falcon":
+        del shape["head_dim"]  # which its config computes
+    config = AutoConfig.for_model(kind, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -124,15 +179,15 @@ def accepts(check, *answers, times=1):
         assert "✓" in printed_by(check, answer)
 
 
-def refuses(check, rows, times=1):
-    """Require that a lab's check fails each wrong answer with its message, and list every row where it does not.
+def refuses(check, *rows, times=1, answers=lambda wrong: wrong):
+    """Require that a lab's check fails each wrong answer with its message, and list all rows where not.
 
-    rows: (a pattern of the message, the wrong answer, or a tuple where the check takes several).
+    rows: (pattern of the message, wrong answer); `answers` makes of it all that the check takes, as a tuple.
     """
     missed = []
-    for pattern, answer in rows * times:
+    for pattern, wrong in rows * times:
         try:
-            said = f"it passes: {printed_by(check, answer)}"
+            said = f"it passes: {printed_by(check, answers(wrong))}"
         except CheckFailed as failure:
             said = str(failure)
             if re.search(pattern, said, re.S):
@@ -141,3 +196,40 @@ def refuses(check, rows, times=1):
             said = repr(error)
         missed.append(f"expected “{pattern}”, but: {said}")
     assert not missed, "\n".join(missed)
+
+
+def relative(ours, theirs) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def outcome(layer, x, parameters, seed=11):
+    """A layer's output and the gradients of x and the parameters; the loss weighs every output differently."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)  # the same dropout mask in every call
+    y = layer(x)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+    return (y.detach(), *torch.autograd.grad(loss, (x, *parameters)))
+
+
+def peft_layer(layer):
+    """PEFT's layer with all that a LoRALinear or DoRALinear has, and its trained parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    dora, bias = hasattr(layer, "magnitude"), layer.bias is not None
+    base = torch.nn.Linear(layer.in_features, layer.out_features, bias, dtype=layer.weight.dtype)
+    base.load_state_dict(layer.base.state_dict())
+    options = {"lora_dropout": layer.dropout, "use_rslora": layer.rslora, "use_dora": dora}
+    config = LoraConfig(r=layer.rank, lora_alpha=layer.alpha, target_modules=["0"], **options)
+    twin = get_peft_model(torch.nn.Sequential(base), config).base_model.model[0].train(layer.training)
+    parts = (twin.lora_A, twin.lora_B, twin.lora_magnitude_vector)[: 3 if dora else 2]
+    theirs = [part["default"].weight for part in parts]
+    with torch.no_grad():
+        for their, our in zip(theirs, trained_parameters(layer), strict=True):
+            their.copy_(our)
+    return twin, theirs
+
+
+def trained_parameters(layer):
+    """A, B and DoRA's magnitude."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]

@@ -11,8 +11,6 @@ from spark_ft.adapters import adapted_layers
 from spark_ft.lab.checks import lab_3_1_3 as checks
 from spark_ft.methods.neftune import neftune, neftune_noise
 
-# ── exercise 1 ──
-
 
 def bound_of(e, alpha):
     return alpha / math.sqrt(e.shape[-2] * e.shape[-1])
@@ -44,48 +42,43 @@ def reseeded(e, alpha):
     return noisy(e, alpha)
 
 
-NOISY_MUTANTS = [
-    ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b)),
-    ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b / math.sqrt(3))),
-    ("looks Gaussian", shaped(lambda e, b: e * uniform(e, b))),
-    ("√d is missing", bounded(lambda e, a: a / math.sqrt(e.shape[1]))),
-    ("√L is missing", bounded(lambda e, a: a / math.sqrt(e.shape[2]))),
-    ("not scaled", bounded(lambda e, a: a)),
-    ("the square root is missing", bounded(lambda e, a: a / (e.shape[1] * e.shape[2]))),
-    ("the batch's size is in it", bounded(lambda e, a: a / math.sqrt(e.numel()))),
-    ("not √", bounded(lambda e, a: a / math.sqrt(e.shape[1] + e.shape[2]))),
-    ("alpha is missing", bounded(lambda e, a: 1 / math.sqrt(e.shape[1] * e.shape[2]))),
-    ("alpha is inside the root", bounded(lambda e, a: math.sqrt(a / (e.shape[1] * e.shape[2])))),
-    ("half as wide", bounded(lambda e, a: bound_of(e, a) / 2)),
-    (r"expected \*norm\*", bounded(lambda e, a: bound_of(e, a) / math.sqrt(3))),
-    ("but its bound should be", bounded(lambda e, a: 1.1 * bound_of(e, a))),
-    ("one side of zero", shaped(lambda e, b: torch.rand_like(e) * b)),
-    ("the bound or minus the bound", shaped(lambda e, b: torch.rand_like(e).sub(0.5).sign() * b)),
-    ("every text got the same noise", shaped(lambda e, b: uniform(e[:1], b))),
-    ("every token of a text got the same noise", shaped(lambda e, b: uniform(e[:, :1], b))),
-    ("multiplied with the embeddings", shaped(lambda e, b: e.sign() * uniform(e, b))),
-    ("alpha=0 draws random numbers", lambda e, a: e + uniform(e, bound_of(e, a))),
-    ("in place", lambda e, a: e.add_(uniform(e, bound_of(e, a)))),
-    ("did not come from torch's own generator", shaped(seeded)),
-    ("two calls gave the same noise|torch's own generator", reseeded),
-    ("into torch.float32", shaped(lambda e, b: torch.empty(e.shape).uniform_(-b, b))),
-    ("carry no gradient", torch.no_grad()(noisy)),
-    ("carry no gradient", lambda e, a: noisy(e.detach(), a)),
-    ("there is no noise", lambda e, a: e),
-    ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
-    ("should give", lambda e, a: noisy(e, a)[0]),
-    ("is a return missing", lambda e, a: None),
-    ("nan or inf", lambda e, a: e / 0),
-]
-
-
 def test_noisy_embeddings():
     halves = shaped(lambda e, b: (2 * torch.rand_like(e) - 1) * b)
     accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves)
-    refuses(checks.check_noisy_embeddings, NOISY_MUTANTS)
-
-
-# ── exercise 2 ──
+    refuses(
+        checks.check_noisy_embeddings,
+        ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b)),
+        ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b / math.sqrt(3))),
+        ("looks Gaussian", shaped(lambda e, b: e * uniform(e, b))),
+        ("√d is missing", bounded(lambda e, a: a / math.sqrt(e.shape[1]))),
+        ("√L is missing", bounded(lambda e, a: a / math.sqrt(e.shape[2]))),
+        ("not scaled", bounded(lambda e, a: a)),
+        ("the square root is missing", bounded(lambda e, a: a / (e.shape[1] * e.shape[2]))),
+        ("the batch's size is in it", bounded(lambda e, a: a / math.sqrt(e.numel()))),
+        ("not √", bounded(lambda e, a: a / math.sqrt(e.shape[1] + e.shape[2]))),
+        ("alpha is missing", bounded(lambda e, a: 1 / math.sqrt(e.shape[1] * e.shape[2]))),
+        ("alpha is inside the root", bounded(lambda e, a: math.sqrt(a / (e.shape[1] * e.shape[2])))),
+        ("half as wide", bounded(lambda e, a: bound_of(e, a) / 2)),
+        (r"expected \*norm\*", bounded(lambda e, a: bound_of(e, a) / math.sqrt(3))),
+        ("but its bound should be", bounded(lambda e, a: 1.1 * bound_of(e, a))),
+        ("one side of zero", shaped(lambda e, b: torch.rand_like(e) * b)),
+        ("the bound or minus the bound", shaped(lambda e, b: torch.rand_like(e).sub(0.5).sign() * b)),
+        ("every text got the same noise", shaped(lambda e, b: uniform(e[:1], b))),
+        ("every token of a text got the same noise", shaped(lambda e, b: uniform(e[:, :1], b))),
+        ("multiplied with the embeddings", shaped(lambda e, b: e.sign() * uniform(e, b))),
+        ("alpha=0 draws random numbers", lambda e, a: e + uniform(e, bound_of(e, a))),
+        ("in place", lambda e, a: e.add_(uniform(e, bound_of(e, a)))),
+        ("did not come from torch's own generator", shaped(seeded)),
+        ("two calls gave the same noise|torch's own generator", reseeded),
+        ("into torch.float32", shaped(lambda e, b: torch.empty(e.shape).uniform_(-b, b))),
+        ("carry no gradient", torch.no_grad()(noisy)),
+        ("carry no gradient", lambda e, a: noisy(e.detach(), a)),
+        ("there is no noise", lambda e, a: e),
+        ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
+        ("should give", lambda e, a: noisy(e, a)[0]),
+        ("is a return missing", lambda e, a: None),
+        ("nan or inf", lambda e, a: e / 0),
+    )
 
 
 def real(e, lengths):
@@ -122,32 +115,27 @@ def draws_at_zero(e, alpha, lengths):
     return true_length(e, alpha, lengths) if alpha else e + 0 * uniform(e, 1.0)
 
 
-TRUE_LENGTH_MUTANTS = [
-    ("padding has noise", lambda e, a, lengths: noisy(e, a)),
-    ("padding has noise", changed(mask=lambda e, n: torch.ones(e.shape[:2]))),
-    ("the first padded position has noise", changed(mask=lambda e, n: real(e, n + 1))),
-    ("last token has no noise|there is no noise", changed(mask=lambda e, n: real(e, n - 1))),
-    ("the padded length", tokens(lambda e, n: e.shape[1])),
-    ("the longest text", tokens(lambda e, n: n.max())),
-    ("the mean length", tokens(lambda e, n: n.double().mean())),
-    ("all texts' tokens", tokens(lambda e, n: n.sum())),
-    ("√d is missing", changed(bound=lambda e, a, n: a / n.sqrt())),
-    ("√length is missing", changed(bound=lambda e, a, n: a / math.sqrt(e.shape[2]) * torch.ones(len(n)))),
-    ("square root of the length", changed(bound=lambda e, a, n: a / (n * math.sqrt(e.shape[2])))),
-    ("every text got the same noise", changed(draw=lambda e, b: uniform(e[:1], b))),
-    ("padding's embeddings were erased", erases_padding),
-    ("alpha=0 draws random numbers", draws_at_zero),
-    ("no noise", lambda e, a, n: e),
-    ("is a return missing", lambda e, a, n: None),
-]
-
-
 def test_true_length_noise():
     accepts(checks.check_true_length_noise, true_length, neftune_noise)
-    refuses(checks.check_true_length_noise, TRUE_LENGTH_MUTANTS)
-
-
-# ── exercise 3 ──
+    refuses(
+        checks.check_true_length_noise,
+        ("padding has noise", lambda e, a, lengths: noisy(e, a)),
+        ("padding has noise", changed(mask=lambda e, n: torch.ones(e.shape[:2]))),
+        ("the first padded position has noise", changed(mask=lambda e, n: real(e, n + 1))),
+        ("last token has no noise|there is no noise", changed(mask=lambda e, n: real(e, n - 1))),
+        ("the padded length", tokens(lambda e, n: e.shape[1])),
+        ("the longest text", tokens(lambda e, n: n.max())),
+        ("the mean length", tokens(lambda e, n: n.double().mean())),
+        ("all texts' tokens", tokens(lambda e, n: n.sum())),
+        ("√d is missing", changed(bound=lambda e, a, n: a / n.sqrt())),
+        ("√length is missing", changed(bound=lambda e, a, n: a / math.sqrt(e.shape[2]) * torch.ones(len(n)))),
+        ("square root of the length", changed(bound=lambda e, a, n: a / (n * math.sqrt(e.shape[2])))),
+        ("every text got the same noise", changed(draw=lambda e, b: uniform(e[:1], b))),
+        ("padding's embeddings were erased", erases_padding),
+        ("alpha=0 draws random numbers", draws_at_zero),
+        ("no noise", lambda e, a, n: e),
+        ("is a return missing", lambda e, a, n: None),
+    )
 
 
 def trains(module, out):
@@ -235,39 +223,34 @@ def patched_forward(model, alpha):
         del layer.forward
 
 
-MANAGER_MUTANTS = [
-    ("noise in eval mode", manager(when=lambda module, out: True)),
-    ("noise in eval mode", manager(when=lambda module, out: torch.is_grad_enabled())),
-    ("under torch.no_grad", manager(when=lambda module, out: module.training)),
-    ("the embedding is frozen", manager(when=lambda module, out: module.training and out.requires_grad)),
-    ("no noise in training", manager(when=lambda module, out: not module.training)),
-    ("after an error inside the block .* hook was left on.*finally", manager(careful=False)),
-    ("after the block .* left on", manager(removed=False)),
-    ("swallowed", swallows),
-    ("weight was changed|there is noise|reaches", noisy_weight),
-    ("weight was changed", manager(when=weight_in_the_hook)),
-    ("changed in place", manager(give=lambda out, alpha: out.add_(neftune_noise(0 * out, alpha)))),
-    ("gets no gradient", manager(give=lambda out, alpha: neftune_noise(out.detach(), alpha))),
-    ("but its bound should be", manager(give=lambda out, alpha: out + alpha / 20 * torch.randn_like(out))),
-    ("but its bound should be", manager(give=lambda out, alpha: neftune_noise(out, alpha / 2))),
-    ("alpha=0", manager(give=lambda out, alpha: neftune_noise(out, alpha + 1e-9))),
-    ("positions' embedding has noise", manager(where=lambda model: [model.embed, model.places])),
-    ("no noise in training", manager(where=lambda model: [model.places])),
-    ("no noise in training", manager(where=lambda model: [model])),
-    ("no noise in training", manager(give=lambda out, alpha: None)),  # the hook forgets to return
-    ("two passes got the same noise", drawn_once),
-    ("switched the model to training", switches_to_training),
-    ("returns generator", not_a_manager),
-    ("returns NoneType", lambda model, alpha: None),
-]
-
-
 def test_embedding_noise():
     accepts(checks.check_embedding_noise, right, neftune, patched_forward)
-    refuses(checks.check_embedding_noise, MANAGER_MUTANTS)
-
-
-# ── exercise 4 ──
+    refuses(
+        checks.check_embedding_noise,
+        ("noise in eval mode", manager(when=lambda module, out: True)),
+        ("noise in eval mode", manager(when=lambda module, out: torch.is_grad_enabled())),
+        ("under torch.no_grad", manager(when=lambda module, out: module.training)),
+        ("the embedding is frozen", manager(when=lambda module, out: module.training and out.requires_grad)),
+        ("no noise in training", manager(when=lambda module, out: not module.training)),
+        ("after an error inside the block .* hook was left on.*finally", manager(careful=False)),
+        ("after the block .* left on", manager(removed=False)),
+        ("swallowed", swallows),
+        ("weight was changed|there is noise|reaches", noisy_weight),
+        ("weight was changed", manager(when=weight_in_the_hook)),
+        ("changed in place", manager(give=lambda out, alpha: out.add_(neftune_noise(0 * out, alpha)))),
+        ("gets no gradient", manager(give=lambda out, alpha: neftune_noise(out.detach(), alpha))),
+        ("but its bound should be", manager(give=lambda out, a: out + a / 20 * torch.randn_like(out))),
+        ("but its bound should be", manager(give=lambda out, alpha: neftune_noise(out, alpha / 2))),
+        ("alpha=0", manager(give=lambda out, alpha: neftune_noise(out, alpha + 1e-9))),
+        ("positions' embedding has noise", manager(where=lambda model: [model.embed, model.places])),
+        ("no noise in training", manager(where=lambda model: [model.places])),
+        ("no noise in training", manager(where=lambda model: [model])),
+        ("no noise in training", manager(give=lambda out, alpha: None)),  # the hook forgets to return
+        ("two passes got the same noise", drawn_once),
+        ("switched the model to training", switches_to_training),
+        ("returns generator", not_a_manager),
+        ("returns NoneType", lambda model, alpha: None),
+    )
 
 
 def reference(model, batch, off=adapters_disabled, which=lambda model: model, back=None, careful=True):
@@ -330,30 +313,28 @@ def gradients_off(model, batch):
     return reference(model, batch)
 
 
-REFERENCE_MUTANTS = [
-    ("two calls differ: the noise reaches the reference", the_bug),
-    ("was in training mode, and is not any more", lambda model, batch: reference(model, batch, back=False)),
-    ("was in eval mode, and is not any more", lambda model, batch: reference(model, batch, back=True)),
-    ("after an error the model stayed in eval", lambda model, batch: reference(model, batch, careful=False)),
-    ("that is the policy", lambda model, batch: reference(model, batch, adapters_on)),
-    ("carries a gradient", lambda model, batch: reference(model, batch, with_gradient)),
-    ("the adapters stayed off", lambda model, batch: reference(model, batch, adapters_stay_off)),
-    ("the noise is gone from training too", hook_thrown_away),
-    ("the noise is gone from training too", alpha_zeroed),
-    ("off by up to", seeded_reference),
-    ("gradients stayed off", gradients_off),
-    ("shape", lambda model, batch: reference(model, batch).mean()),
-    ("is a return missing", lambda model, batch: None),
-]
-
-
 def test_reference_logps():
     def embedding_alone(model, batch):
         """Only the layer with the noise leaves its training mode: as good if nothing else draws numbers."""
         return reference(model, batch, which=lambda model: model.get_input_embeddings())
 
     accepts(checks.check_reference_logps, reference, embedding_alone)
-    refuses(checks.check_reference_logps, REFERENCE_MUTANTS)
+    refuses(
+        checks.check_reference_logps,
+        ("two calls differ: the noise reaches the reference", the_bug),
+        ("was in training mode, and is not", lambda model, batch: reference(model, batch, back=False)),
+        ("was in eval mode, and is not", lambda model, batch: reference(model, batch, back=True)),
+        ("after an error .* stayed in eval", lambda model, batch: reference(model, batch, careful=False)),
+        ("that is the policy", lambda model, batch: reference(model, batch, adapters_on)),
+        ("carries a gradient", lambda model, batch: reference(model, batch, with_gradient)),
+        ("the adapters stayed off", lambda model, batch: reference(model, batch, adapters_stay_off)),
+        ("the noise is gone from training too", hook_thrown_away),
+        ("the noise is gone from training too", alpha_zeroed),
+        ("off by up to", seeded_reference),
+        ("gradients stayed off", gradients_off),
+        ("shape", lambda model, batch: reference(model, batch).mean()),
+        ("is a return missing", lambda model, batch: None),
+    )
 
 
 def test_parity():
@@ -363,13 +344,8 @@ def test_parity():
     doubled = manager(give=lambda out, alpha: neftune_noise(out, 2 * alpha))
     refuses(
         checks.check_parity,
-        [
-            (
-                "noise: yours and transformers' differ",
-                (bounded(lambda e, a: a / math.sqrt(e.shape[1])), right),
-            ),
-            ("noise: yours and transformers' differ", (shaped(lambda e, b: -uniform(e, b)), right)),
-            ("loss: yours", (noisy, doubled)),
-            ("loss: yours", (noisy, manager(when=lambda module, out: False))),
-        ],
+        ("noise: yours and", (bounded(lambda e, a: a / math.sqrt(e.shape[1])), right)),
+        ("noise: yours and transformers' differ", (shaped(lambda e, b: -uniform(e, b)), right)),
+        ("loss: yours", (noisy, doubled)),
+        ("loss: yours", (noisy, manager(when=lambda module, out: False))),
     )

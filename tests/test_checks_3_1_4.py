@@ -36,51 +36,55 @@ def rate(first=1, fall=half_cosine):
 
 def test_label_mask():
     accepts(checks.check_label_mask, label_mask, times=20)
-    mutants = [
+    refuses(
+        checks.check_label_mask,
         ("prompt is trained on", lambda p, c: p + c),
         ("stop token is masked", lambda p, c: [-100] * len(p) + [-100 if t == 2 else t for t in c]),
         ("shifted by one", lambda p, c: [-100] * (len(p) - 1) + c + [-100]),
         ("one for each", lambda p, c: list(c)),
         ("return missing", lambda p, c: None),
         ("expected", lambda p, c: [-100] * (len(p) + len(c) - 1) + c[-1:]),
-    ]
-    refuses(checks.check_label_mask, mutants, times=5)
+        times=5,
+    )
 
 
 def test_completion_loss():
     accepts(checks.check_completion_loss, completion_loss, times=20)
-    mutants = [
+    refuses(
+        checks.check_completion_loss,
         ("not shifted", lambda x, y: F.cross_entropy(x, y)),
         ("summed", lambda x, y: F.cross_entropy(x[:-1], y[1:], reduction="sum")),
         ("every position", lambda x, y: F.cross_entropy(x[:-1], y[1:], reduction="none").mean()),
         ("sign is wrong", lambda x, y: -completion_loss(x, y)),
         ("off by up to", lambda x, y: completion_loss(x, y) * 1.1),
-    ]
-    refuses(checks.check_completion_loss, mutants, times=5)
+        times=5,
+    )
 
 
 def test_accumulated_loss():
     accepts(checks.check_accumulated_loss, accumulated_loss, times=20)
-    mutants = [
+    refuses(
+        checks.check_accumulated_loss,
         ("mean of means", lambda parts: sum(s / n for s, n in parts) / len(parts)),
         ("sum of means", lambda parts: sum(s / n for s, n in parts)),
         ("number of micro-batches", lambda parts: sum(s for s, _ in parts) / len(parts)),
         ("return missing", lambda parts: None),
-    ]
-    refuses(checks.check_accumulated_loss, mutants, times=5)
+        times=5,
+    )
 
 
 def test_learning_rate():
     accepts(checks.check_learning_rate, rate(), times=20)
-    mutants = [
+    refuses(
+        checks.check_learning_rate,
         ("learns nothing", rate(first=0)),
         ("no warm-up", lambda step, steps, peak, warmup: peak * (1 - step / steps)),
         ("above its peak", lambda step, *a: 2 * rate()(step, *a)),
         ("stays at its peak", rate(fall=lambda share: 1)),
         ("straight line", rate(fall=lambda share: 1 - share)),
         ("return missing", lambda *a: None),
-    ]
-    refuses(checks.check_learning_rate, mutants, times=5)
+        times=5,
+    )
 
 
 def test_loss_parity_on_a_real_model(tiny_llama):
@@ -90,4 +94,4 @@ def test_loss_parity_on_a_real_model(tiny_llama):
     model = tiny_llama()
     accepts(checks.check_loss_parity, (completion_loss, model, batch))
     unshifted = (lambda x, y: F.cross_entropy(x, y), model, batch)
-    refuses(checks.check_loss_parity, [("your loss of row 0", unshifted)])
+    refuses(checks.check_loss_parity, ("your loss of row 0", unshifted))

@@ -7,8 +7,6 @@ from helpers import accepts, printed_by, refuses
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.methods.nf4 import quantize_nf4
 
-# ── exercise 1 ──
-
 
 def absmax_of(blocks):
     return blocks.abs().amax(1)
@@ -52,40 +50,32 @@ def kept_second_axis(weight, code, size):
     return codes, scales[:, None]
 
 
-QUANTIZE_MUTANTS = [
-    ("one scale for the whole weight", quantizer(scale=lambda b: b.abs().max().expand(len(b)))),
-    ("not the largest magnitude", quantizer(scale=lambda b: b.amax(1))),
-    ("mean magnitude", quantizer(scale=lambda b: b.abs().mean(1))),
-    ("standard deviation", quantizer(scale=lambda b: b.std(1))),
-    ("from smallest to largest", quantizer(scale=lambda b: b.amax(1) - b.amin(1))),
-    ("blocks run down the columns", quantizer(blocks=lambda w, size: w.T.reshape(-1, size))),
-    ("one number per block is enough", kept_second_axis),
-    ("not divided by their block's absmax", quantizer(divide=lambda b, s: b)),
-    ("whole weight's largest magnitude", quantizer(divide=lambda b, s: b / s.max())),
-    ("are not the nearest level's", quantizer(divide=lambda b, s: b * s[:, None])),
-    ("the level below", quantizer(codes=lambda x, code: (x[..., None] >= code).sum(-1) - 1)),
-    (
-        "the level above",
-        quantizer(codes=lambda x, code: (x[..., None] > code).sum(-1).clamp(max=len(code) - 1)),
-    ),
-    ("equally spaced levels", quantizer(codes=lambda x, code: ((x + 1) * (len(code) - 1) / 2).round())),
-    ("counted from the top", quantizer(codes=lambda x, code: len(code) - 1 - nearest(x, code))),
-    ("make them bytes", with_codes(lambda codes, *_: codes.long())),
-    ("make them bytes", with_codes(lambda codes, weight, code, size: code[codes.long()])),
-    ("a row per block", with_codes(lambda codes, *_: codes.flatten())),
-    ("count from 0", with_codes(lambda codes, *_: codes + 1)),
-    ("two tensors", lambda weight, code, size: quantize(weight, code, size)[0]),
-    ("two tensors", lambda weight, code, size: None),
-    ("PyTorch says", lambda weight, code, size: quantize(weight.view(size, -1, 3), code, size)),
-]
-
-
 def test_quantize():
     accepts(checks.check_quantize, quantize, with_midpoints)
-    refuses(checks.check_quantize, QUANTIZE_MUTANTS)
-
-
-# ── exercise 2 ──
+    refuses(
+        checks.check_quantize,
+        ("one scale for the whole weight", quantizer(scale=lambda b: b.abs().max().expand(len(b)))),
+        ("not the largest magnitude", quantizer(scale=lambda b: b.amax(1))),
+        ("mean magnitude", quantizer(scale=lambda b: b.abs().mean(1))),
+        ("standard deviation", quantizer(scale=lambda b: b.std(1))),
+        ("from smallest to largest", quantizer(scale=lambda b: b.amax(1) - b.amin(1))),
+        ("blocks run down the columns", quantizer(blocks=lambda w, size: w.T.reshape(-1, size))),
+        ("one number per block is enough", kept_second_axis),
+        ("not divided by their block's absmax", quantizer(divide=lambda b, s: b)),
+        ("whole weight's largest magnitude", quantizer(divide=lambda b, s: b / s.max())),
+        ("are not the nearest level's", quantizer(divide=lambda b, s: b * s[:, None])),
+        ("the level below", quantizer(codes=lambda x, code: (x[..., None] >= code).sum(-1) - 1)),
+        ("the level above", quantizer(codes=lambda x, code: (x[..., None] > code).sum(-1) % len(code))),
+        ("equally spaced levels", quantizer(codes=lambda x, code: ((x + 1) * (len(code) - 1) / 2).round())),
+        ("counted from the top", quantizer(codes=lambda x, code: len(code) - 1 - nearest(x, code))),
+        ("make them bytes", with_codes(lambda codes, *_: codes.long())),
+        ("make them bytes", with_codes(lambda codes, weight, code, size: code[codes.long()])),
+        ("a row per block", with_codes(lambda codes, *_: codes.flatten())),
+        ("count from 0", with_codes(lambda codes, *_: codes + 1)),
+        ("two tensors", lambda weight, code, size: quantize(weight, code, size)[0]),
+        ("two tensors", lambda weight, code, size: None),
+        ("PyTorch says", lambda weight, code, size: quantize(weight.view(size, -1, 3), code, size)),
+    )
 
 
 def pack(codes):
@@ -96,45 +86,46 @@ def unpack(packed):
     return torch.stack([packed >> 4, packed & 15], 1).flatten()
 
 
+def pack_backwards(codes):
+    return codes[1::2] << 4 | codes[::2]
+
+
 def pack_by_sums(codes):
     return (codes.view(-1, 2) * torch.tensor([16, 1], dtype=torch.uint8)).sum(1).to(torch.uint8)
-
-
-PACK_MUTANTS = [
-    ("the first of two codes goes into the high half", lambda codes: codes[1::2] << 4 | codes[::2]),
-    ("neighbours share a byte", lambda codes: codes[: len(codes) // 2] << 4 | codes[len(codes) // 2 :]),
-    ("not times 10", lambda codes: codes[::2] * 10 + codes[1::2]),
-    ("differ", lambda codes: codes[::2] << 2 | codes[1::2]),
-    ("by 4 bits, not by 2", lambda codes: codes[::2] * 4 + codes[1::2]),
-    ("the second code is lost", lambda codes: codes[::2] << 4),
-    ("the first code is lost", lambda codes: codes[1::2]),
-    ("a byte is torch.uint8", lambda codes: codes[::2].int() * 16 + codes[1::2]),
-    ("two codes share a byte", lambda codes: codes),
-    ("two codes share a byte", lambda codes: pack(codes).view(-1, 1)),
-    ("is a return missing", lambda codes: None),
-    ("PyTorch says", lambda codes: codes.view(-1, 3)),
-]
-UNPACK_MUTANTS = [
-    ("the low half comes first", lambda packed: torch.stack([packed & 15, packed >> 4], 1).flatten()),
-    ("all high halves, then", lambda packed: torch.cat([packed >> 4, packed & 15])),
-    ("all low halves, then", lambda packed: torch.cat([packed & 15, packed >> 4])),
-    ("still carries the high one", lambda packed: torch.stack([packed >> 4, packed], 1).flatten()),
-    ("masked but not shifted", lambda packed: torch.stack([packed & 240, packed & 15], 1).flatten()),
-    ("flatten it", lambda packed: torch.stack([packed >> 4, packed & 15], 1)),
-    ("each byte holds two codes", lambda packed: packed >> 4),
-    ("codes are torch.uint8", lambda packed: unpack(packed).int()),
-    ("is a return missing", lambda packed: None),
-]
 
 
 def test_packing():
     unpack_by_division = lambda packed: torch.stack([packed // 16, packed % 16], -1).view(-1)  # noqa: E731
     accepts(checks.check_packing, (pack, unpack), (pack_by_sums, unpack_by_division))
-    refuses(checks.check_packing, [(message, (mutant, unpack)) for message, mutant in PACK_MUTANTS])
-    refuses(checks.check_packing, [(message, (pack, mutant)) for message, mutant in UNPACK_MUTANTS])
-
-
-# ── exercise 3 ──
+    refuses(
+        checks.check_packing,
+        ("the first of two codes goes into the high half", pack_backwards),
+        ("neighbours share a byte", lambda codes: codes[: len(codes) // 2] << 4 | codes[len(codes) // 2 :]),
+        ("not times 10", lambda codes: codes[::2] * 10 + codes[1::2]),
+        ("differ", lambda codes: codes[::2] << 2 | codes[1::2]),
+        ("by 4 bits, not by 2", lambda codes: codes[::2] * 4 + codes[1::2]),
+        ("the second code is lost", lambda codes: codes[::2] << 4),
+        ("the first code is lost", lambda codes: codes[1::2]),
+        ("a byte is torch.uint8", lambda codes: codes[::2].int() * 16 + codes[1::2]),
+        ("two codes share a byte", lambda codes: codes),
+        ("two codes share a byte", lambda codes: pack(codes).view(-1, 1)),
+        ("is a return missing", lambda codes: None),
+        ("PyTorch says", lambda codes: codes.view(-1, 3)),
+        answers=lambda pack: (pack, unpack),
+    )
+    refuses(
+        checks.check_packing,
+        ("the low half comes first", lambda packed: torch.stack([packed & 15, packed >> 4], 1).flatten()),
+        ("all high halves, then", lambda packed: torch.cat([packed >> 4, packed & 15])),
+        ("all low halves, then", lambda packed: torch.cat([packed & 15, packed >> 4])),
+        ("still carries the high one", lambda packed: torch.stack([packed >> 4, packed], 1).flatten()),
+        ("masked but not shifted", lambda packed: torch.stack([packed & 240, packed & 15], 1).flatten()),
+        ("flatten it", lambda packed: torch.stack([packed >> 4, packed & 15], 1)),
+        ("each byte holds two codes", lambda packed: packed >> 4),
+        ("codes are torch.uint8", lambda packed: unpack(packed).int()),
+        ("is a return missing", lambda packed: None),
+        answers=lambda unpack: (pack, unpack),
+    )
 
 
 def dequantizer(levels=lambda codes, code: code[codes.long()], scaled=lambda x, absmax: x * absmax[:, None]):
@@ -143,26 +134,24 @@ def dequantizer(levels=lambda codes, code: code[codes.long()], scaled=lambda x, 
 
 
 dequantize = dequantizer()
-DEQUANTIZE_MUTANTS = [
-    ("scales are missing", dequantizer(scaled=lambda levels, absmax: levels)),
-    ("not looked up", dequantizer(levels=lambda codes, code: codes)),
-    ("divided by absmax", dequantizer(scaled=by_row)),
-    ("scales run across the columns", dequantizer(scaled=lambda levels, absmax: levels * absmax)),
-    ("first one's scale", dequantizer(scaled=lambda levels, absmax: levels * absmax[0])),
-    ("equally spaced levels", dequantizer(levels=lambda codes, code: codes * 2 / (len(code) - 1) - 1)),
-    ("transposed", lambda *a: dequantize(*a).T),
-    ("has shape", lambda codes, absmax, code, shape: code[codes.long()] * absmax[:, None]),
-    ("PyTorch says", dequantizer(levels=lambda codes, code: code[codes])),
-    ("is a return missing", lambda codes, absmax, code, shape: None),
-]
+without_scales = dequantizer(scaled=lambda levels, absmax: levels)
 
 
 def test_dequantize():
     accepts(checks.check_dequantize, dequantize)
-    refuses(checks.check_dequantize, DEQUANTIZE_MUTANTS)
-
-
-# ── exercise 4 ──
+    refuses(
+        checks.check_dequantize,
+        ("scales are missing", without_scales),
+        ("not looked up", dequantizer(levels=lambda codes, code: codes)),
+        ("divided by absmax", dequantizer(scaled=by_row)),
+        ("scales run across the columns", dequantizer(scaled=lambda levels, absmax: levels * absmax)),
+        ("first one's scale", dequantizer(scaled=lambda levels, absmax: levels * absmax[0])),
+        ("equally spaced levels", dequantizer(levels=lambda codes, code: codes * 2 / (len(code) - 1) - 1)),
+        ("transposed", lambda *a: dequantize(*a).T),
+        ("has shape", lambda codes, absmax, code, shape: code[codes.long()] * absmax[:, None]),
+        ("PyTorch says", dequantizer(levels=lambda codes, code: code[codes])),
+        ("is a return missing", lambda codes, absmax, code, shape: None),
+    )
 
 
 def bits(block, group):
@@ -174,30 +163,26 @@ def doubly(function):
     return lambda block, group: bits(block, None) if group is None else function(block, group)
 
 
-BITS_MUTANTS = [
-    ("the codes alone", lambda block, group: 4.0),
-    ("in 8 bits now", lambda block, group: 4 + 32 / block),
-    ("the second level is missing", doubly(lambda block, group: 4 + 8 / block)),
-    ("serves a whole group of blocks", doubly(lambda block, group: 4 + 8 / block + 32 / group)),
-    ("counted in 32 bits", doubly(lambda block, group: 4 + 32 / block + 32 / (block * group))),
-    ("32 bits, not 8", doubly(lambda block, group: 4 + 8 / block + 8 / (block * group))),
-    ("for every block", doubly(lambda block, group: 4 + 8 / block + 32 / block)),
-    ("a scale takes 32 bits", lambda block, group: 4 + 8 / block),
-    ("block_size of them share", lambda block, group: 36),
-    ("scales are in fp32", lambda block, group: 4 + 16 / block),
-    ("bytes, not bits", lambda block, group: bits(block, group) / 8),
-    ("but should be 4.500000", lambda block, group: bits(block, group) + 0.01),
-    ("returned None", lambda block, group: None),
-    ("returned str", lambda block, group: f"{bits(block, group)}"),
-]
-
-
 def test_bits():
     accepts(checks.check_bits, bits)
-    refuses(checks.check_bits, BITS_MUTANTS)
+    refuses(
+        checks.check_bits,
+        ("the codes alone", lambda block, group: 4.0),
+        ("in 8 bits now", lambda block, group: 4 + 32 / block),
+        ("the second level is missing", doubly(lambda block, group: 4 + 8 / block)),
+        ("serves a whole group of blocks", doubly(lambda block, group: 4 + 8 / block + 32 / group)),
+        ("counted in 32 bits", doubly(lambda block, group: 4 + 32 / block + 32 / (block * group))),
+        ("32 bits, not 8", doubly(lambda block, group: 4 + 8 / block + 8 / (block * group))),
+        ("for every block", doubly(lambda block, group: 4 + 8 / block + 32 / block)),
+        ("a scale takes 32 bits", lambda block, group: 4 + 8 / block),
+        ("block_size of them share", lambda block, group: 36),
+        ("scales are in fp32", lambda block, group: 4 + 16 / block),
+        ("bytes, not bits", lambda block, group: bits(block, group) / 8),
+        ("but should be 4.500000", lambda block, group: bits(block, group) + 0.01),
+        ("returned None", lambda block, group: None),
+        ("returned str", lambda block, group: f"{bits(block, group)}"),
+    )
 
-
-# ── exercise 5 ──
 
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
@@ -242,49 +227,44 @@ def mlp_alone(s, r, n):
     return s["layers"] * 3 * s["hidden"] * s["mlp"] * NF4
 
 
-TERMS_MUTANTS = [
-    ("bits, not bytes", changed(bytes_a_weight=8 * NF4)),
-    ("with their scales it is 4.127", changed(bytes_a_weight=0.5)),
-    ("not 4.5", changed(bytes_a_weight=4.5 / 8)),
-    ("that is bf16", changed(bytes_a_weight=2)),
-    ("key and value are", keeping("linear layers", as_if_kv_were_hidden)),
-    ("an MLP has three matrices", changed(mlps=2)),
-    ("the MLP is missing", changed(mlps=0)),
-    ("attention is missing", keeping("linear layers", mlp_alone)),
-    ("only its query and output", keeping("linear layers", without_key_and_value)),
-    ("that is one layer", changed(layers=1)),
-    ("one table", changed(tables=1)),
-    ("they are missing", changed(tables=0)),
-    ("not in 4 bits", changed(tables=NF4)),
-    ("2 bytes", changed(tables=4)),
-    ("the notes alone", changed(bytes_a_note=2)),
-    ("notes and gradients", changed(bytes_a_note=4)),
-    ("AdamW has two", changed(bytes_a_note=6)),
-    ("all four are in bf16", changed(bytes_a_note=16)),
-    ("not rank × rank", keeping("notes", lambda s, r, n: terms(s, r, n, note=lambda o, i: r * r))),
-    (r"\(kv, hidden\)", keeping("notes", as_if_kv_were_hidden)),
-    ("an MLP has three", keeping("notes", changed(mlps=2))),
-    ("that is one layer", keeping("notes", changed(layers=1))),
-    (r"layers \+ 1", changed(last=0)),
-    ("bf16 has 2 bytes", changed(bytes_a_checkpoint=1)),
-    ("activations are in bf16", changed(bytes_a_checkpoint=4)),
-    ("that is one layer", keeping("checkpoints", lambda s, r, n: n * s["hidden"] * 2)),
-    ("not mlp", keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * n * s["mlp"] * 2)),
-    ("times the length", keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * s["hidden"] * 2)),
-    ("but should be", keeping("checkpoints", lambda s, r, n: 1.01 * terms(s, r, n)["checkpoints"])),
-    ("should be a number of bytes", keeping("notes", lambda s, r, n: None)),
-    ("should return a dict with the keys linear layers, .*, not NoneType", lambda s, r, n: None),
-    ("not float", lambda s, r, n: sum(terms(s, r, n).values())),
-    ("it has notes", lambda s, r, n: {"notes": 1}),
-]
-
-
 def test_terms():
     accepts(checks.check_terms, terms)
-    refuses(checks.check_terms, TERMS_MUTANTS)
-
-
-# ── parity ──
+    refuses(
+        checks.check_terms,
+        ("bits, not bytes", changed(bytes_a_weight=8 * NF4)),
+        ("with their scales it is 4.127", changed(bytes_a_weight=0.5)),
+        ("not 4.5", changed(bytes_a_weight=4.5 / 8)),
+        ("that is bf16", changed(bytes_a_weight=2)),
+        ("key and value are", keeping("linear layers", as_if_kv_were_hidden)),
+        ("an MLP has three matrices", changed(mlps=2)),
+        ("the MLP is missing", changed(mlps=0)),
+        ("attention is missing", keeping("linear layers", mlp_alone)),
+        ("only its query and output", keeping("linear layers", without_key_and_value)),
+        ("that is one layer", changed(layers=1)),
+        ("one table", changed(tables=1)),
+        ("they are missing", changed(tables=0)),
+        ("not in 4 bits", changed(tables=NF4)),
+        ("2 bytes", changed(tables=4)),
+        ("the notes alone", changed(bytes_a_note=2)),
+        ("notes and gradients", changed(bytes_a_note=4)),
+        ("AdamW has two", changed(bytes_a_note=6)),
+        ("all four are in bf16", changed(bytes_a_note=16)),
+        ("not rank × rank", keeping("notes", lambda s, r, n: terms(s, r, n, note=lambda o, i: r * r))),
+        (r"\(kv, hidden\)", keeping("notes", as_if_kv_were_hidden)),
+        ("an MLP has three", keeping("notes", changed(mlps=2))),
+        ("that is one layer", keeping("notes", changed(layers=1))),
+        (r"layers \+ 1", changed(last=0)),
+        ("bf16 has 2 bytes", changed(bytes_a_checkpoint=1)),
+        ("activations are in bf16", changed(bytes_a_checkpoint=4)),
+        ("that is one layer", keeping("checkpoints", lambda s, r, n: n * s["hidden"] * 2)),
+        ("not mlp", keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * n * s["mlp"] * 2)),
+        ("times the length", keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * s["hidden"] * 2)),
+        ("but should be", keeping("checkpoints", lambda s, r, n: 1.01 * terms(s, r, n)["checkpoints"])),
+        ("should be a number of bytes", keeping("notes", lambda s, r, n: None)),
+        ("should return a dict with the keys linear layers, .*, not NoneType", lambda s, r, n: None),
+        ("not float", lambda s, r, n: sum(terms(s, r, n).values())),
+        ("it has notes", lambda s, r, n: {"notes": 1}),
+    )
 
 
 def test_parity():
@@ -294,12 +274,10 @@ def test_parity():
     wrong_scales = lambda *a: (quantize(*a)[0], quantize(*a)[1] + 1)  # noqa: E731
     refuses(
         checks.check_parity,
-        [
-            ("of your bytes are", (quantize, PACK_MUTANTS[0][1], dequantize)),
-            ("of your bytes are", (one_scale, pack, dequantize)),
-            ("of your scales are", (wrong_scales, pack, dequantize)),
-            ("off bitsandbytes'", (quantize, pack, DEQUANTIZE_MUTANTS[0][1])),
-        ],
+        ("of your bytes are", (quantize, pack_backwards, dequantize)),
+        ("of your bytes are", (one_scale, pack, dequantize)),
+        ("of your scales are", (wrong_scales, pack, dequantize)),
+        ("off bitsandbytes'", (quantize, pack, without_scales)),
     )
 
 

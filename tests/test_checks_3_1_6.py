@@ -19,8 +19,6 @@ from spark_ft.models import load_tokenizer
 ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 SPEAKER = {role: name for name, role in ROLE.items()}
 
-# ── exercise 1 ──
-
 
 def without(row, field):
     return {key: value for key, value in row.items() if key != field}
@@ -68,45 +66,6 @@ def no_system(turns):
     return [turn for turn in turns if turn["from"] != "system"]
 
 
-TO_MESSAGES_MUTANTS = [
-    ("to_messages returned None; is a return missing", lambda row: None),
-    ("to_messages returned list; a row", lambda row: there(row)["messages"]),
-    (r"\"role\" is \['(human|system)'\]; here the speakers are called", to_messages(role=lambda name: name)),
-    (r"\"role\" is \['bot'\]", to_messages(role={**ROLE, "gpt": "bot"}.get)),
-    (
-        "no entry for 'system'.*may begin",
-        to_messages(role={"human": "user", "gpt": "assistant"}.__getitem__),
-    ),
-    ("lost the white space at its ends", to_messages(text=str.strip)),
-    ("never touches the text", to_messages(text=lambda value: " ".join(value.split()) + " ")),
-    ("system turn is dropped", to_messages(turns=no_system)),
-    ("turns went in and 2 came out|system turn is dropped", to_messages(turns=lambda turns: turns[:2])),
-    ("reverse order", to_messages(turns=lambda turns: turns[::-1])),
-    ("id, tags is lost", lambda row: {"messages": there(row)["messages"]}),
-    ('"conversations" is still there', lambda row: {**row, **there(row)}),
-    ("not all of it was in the row", lambda row: {**there(row), "conversation": there(row)["messages"]}),
-    ("not all of it was in the row", lambda row: {**there(row), "id": str(row["id"])}),
-    ('there is no "messages"', lambda row: {**row, "conversations": there(row)["messages"]}),
-    ('must have "role"', with_messages(lambda messages: [[m["role"], m["content"]] for m in messages])),
-    ('and "content", not', with_messages(lambda messages: [{"role": m["role"]} for m in messages])),
-    ("must be a list of turns", with_messages(tuple)),
-    ("changed the row it was given", popping),
-    ("changed the row it was given", renaming_turns),
-    ("not from its place: two questions may follow", with_messages(by_place)),
-]
-TO_SHAREGPT_MUTANTS = [
-    (
-        r"to_sharegpt: \"from\" is \['user'\]; here .* system, human, gpt",
-        lambda row: back(row, lambda role: role),
-    ),
-    (r"\"from\" is \[None\]", lambda row: back(row, {"user": "human", "assistant": "gpt"}.get)),
-    ("to_sharegpt: id, tags is lost", lambda row: {"conversations": back(row)["conversations"]}),
-    ('"messages" is still there', lambda row: {**row, **back(row)}),
-    ("to_sharegpt returned None", lambda row: None),
-    ("to_sharegpt has no entry for 'conversations': the row has", there),
-]
-
-
 def test_sharegpt():
     accepts(
         checks.check_sharegpt,
@@ -115,11 +74,43 @@ def test_sharegpt():
         (lambda row: popping(copy.deepcopy(row)), back),
         times=20,
     )
-    refuses(checks.check_sharegpt, [(text, (mutant, back)) for text, mutant in TO_MESSAGES_MUTANTS], times=3)
-    refuses(checks.check_sharegpt, [(text, (there, mutant)) for text, mutant in TO_SHAREGPT_MUTANTS], times=3)
-
-
-# ── exercise 2 ──
+    refuses(
+        checks.check_sharegpt,
+        ("to_messages returned None; is a return missing", lambda row: None),
+        ("to_messages returned list; a row", lambda row: there(row)["messages"]),
+        (r"\['(human|system)'\]; here the speakers are", to_messages(role=lambda name: name)),
+        (r"\"role\" is \['bot'\]", to_messages(role={**ROLE, "gpt": "bot"}.get)),
+        ("no entry for 'system'.*may begin", to_messages(role=without(ROLE, "system").__getitem__)),
+        ("lost the white space at its ends", to_messages(text=str.strip)),
+        ("never touches the text", to_messages(text=lambda value: " ".join(value.split()) + " ")),
+        ("system turn is dropped", to_messages(turns=no_system)),
+        ("turns went in and 2 came out|system turn is dropped", to_messages(turns=lambda turns: turns[:2])),
+        ("reverse order", to_messages(turns=lambda turns: turns[::-1])),
+        ("id, tags is lost", lambda row: {"messages": there(row)["messages"]}),
+        ('"conversations" is still there', lambda row: {**row, **there(row)}),
+        ("not all of it was in the row", lambda row: {**there(row), "conversation": there(row)["messages"]}),
+        ("not all of it was in the row", lambda row: {**there(row), "id": str(row["id"])}),
+        ('there is no "messages"', lambda row: {**row, "conversations": there(row)["messages"]}),
+        ('must have "role"', with_messages(lambda messages: [[m["role"], m["content"]] for m in messages])),
+        ('and "content", not', with_messages(lambda messages: [{"role": m["role"]} for m in messages])),
+        ("must be a list of turns", with_messages(tuple)),
+        ("changed the row it was given", popping),
+        ("changed the row it was given", renaming_turns),
+        ("not from its place: two questions may follow", with_messages(by_place)),
+        times=3,
+        answers=lambda to_messages: (to_messages, back),
+    )
+    refuses(
+        checks.check_sharegpt,
+        (r"to_sharegpt: .* is \['user'\]; here .* human, gpt", lambda row: back(row, lambda role: role)),
+        (r"\"from\" is \[None\]", lambda row: back(row, {"user": "human", "assistant": "gpt"}.get)),
+        ("to_sharegpt: id, tags is lost", lambda row: {"conversations": back(row)["conversations"]}),
+        ('"messages" is still there', lambda row: {**row, **back(row)}),
+        ("to_sharegpt returned None", lambda row: None),
+        ("to_sharegpt has no entry for 'conversations': the row has", there),
+        times=3,
+        answers=lambda to_sharegpt: (there, to_sharegpt),
+    )
 
 
 def spans(ids, head, end):
@@ -171,37 +162,36 @@ def labels(ids, head, end):
     return [i if m else -100 for i, m in zip(ids, mask(ids, head, end), strict=True)]
 
 
-MASK_MUTANTS = [
-    ("is a return missing", lambda ids, head, end: None),
-    ("there must be one for each", after_mask(lambda marks, ids, end: marks[:-1])),
-    ("labels of −100", labels),
-    ("nothing is marked", masks(lambda found: [])),
-    ("everything is marked", lambda ids, head, end: [True] * len(ids)),
-    ("wrong way round", after_mask(lambda marks, ids, end: [not m for m in marks])),
-    ("never learns to stop", masks(lambda found: [(a, b) for _, a, b in found])),
-    ("only the last answer", masks(lambda found: [(a, b + 1) for _, a, b in found[-1:]])),
-    ("only the first answer", masks(lambda found: [(a, b + 1) for _, a, b in found[:1]])),
-    ("head of the answer is marked", masks(lambda found: [(h, b + 1) for h, _, b in found])),
-    ("newline after the end mark", masks(lambda found: [(a, b + 2) for _, a, b in found])),
-    (
-        "of the questions too",
-        after_mask(lambda marks, ids, end: [m or i == end for m, i in zip(marks, ids, strict=True)]),
-    ),
-    ("questions are marked as well", begun(any_turn)),
-    ("stop at the end mark", masks(lambda found: [(found[0][1], 10**9)])),
-    ("not one token later", masks(lambda found: [(a + 1, b + 1) for _, a, b in found])),
-    ("one place too early", after_mask(lambda marks, ids, end: [*marks[1:], False])),
-    ("one place too late", after_mask(lambda marks, ids, end: [False, *marks[:-1]])),
-    ("inside a text opens no answer", begun(lambda before, head: before[-2:] == head[1:])),
-    ("one token of the head", begun(lambda before, head: before[-1:] == head[1:2])),
-    ("every turn's first token", begun(lambda before, head: before[-1:] == head[:1])),
-    ("is wrong; they should be", masks(lambda found: [(a, b + 1) for _, a, b in found if b > a])),
-]
-
-
 def test_answer_mask():
     accepts(checks.check_answer_mask, mask, by_state, lambda *a: torch.tensor(mask(*a)), times=20)
-    refuses(checks.check_answer_mask, MASK_MUTANTS, times=3)
+    refuses(
+        checks.check_answer_mask,
+        ("is a return missing", lambda ids, head, end: None),
+        ("there must be one for each", after_mask(lambda marks, ids, end: marks[:-1])),
+        ("labels of −100", labels),
+        ("nothing is marked", masks(lambda found: [])),
+        ("everything is marked", lambda ids, head, end: [True] * len(ids)),
+        ("wrong way round", after_mask(lambda marks, ids, end: [not m for m in marks])),
+        ("never learns to stop", masks(lambda found: [(a, b) for _, a, b in found])),
+        ("only the last answer", masks(lambda found: [(a, b + 1) for _, a, b in found[-1:]])),
+        ("only the first answer", masks(lambda found: [(a, b + 1) for _, a, b in found[:1]])),
+        ("head of the answer is marked", masks(lambda found: [(h, b + 1) for h, _, b in found])),
+        ("newline after the end mark", masks(lambda found: [(a, b + 2) for _, a, b in found])),
+        (
+            "questions too",
+            after_mask(lambda marks, ids, end: [marks[i] or ids[i] == end for i in range(len(ids))]),
+        ),
+        ("questions are marked as well", begun(any_turn)),
+        ("stop at the end mark", masks(lambda found: [(found[0][1], 10**9)])),
+        ("not one token later", masks(lambda found: [(a + 1, b + 1) for _, a, b in found])),
+        ("one place too early", after_mask(lambda marks, ids, end: [*marks[1:], False])),
+        ("one place too late", after_mask(lambda marks, ids, end: [False, *marks[:-1]])),
+        ("inside a text opens no answer", begun(lambda before, head: before[-2:] == head[1:])),
+        ("one token of the head", begun(lambda before, head: before[-1:] == head[1:2])),
+        ("every turn's first token", begun(lambda before, head: before[-1:] == head[:1])),
+        ("is wrong; they should be", masks(lambda found: [(a, b + 1) for _, a, b in found if b > a])),
+        times=3,
+    )
 
 
 def test_mask_parity_on_the_kitchen_chats():
@@ -212,10 +202,7 @@ def test_mask_parity_on_the_kitchen_chats():
     assert "the same on 40 chats" in printed_by(checks.check_mask_parity, (mask, tokenizer, chats))
     no_end = masks(lambda found: [(a, b) for _, a, b in found])
     differs = r"chat 0: your marks and TRL's differ at token \[\d+\]"
-    refuses(checks.check_mask_parity, [(differs, (no_end, tokenizer, chats[:3]))])
-
-
-# ── exercise 3 ──
+    refuses(checks.check_mask_parity, (differs, (no_end, tokenizer, chats[:3])))
 
 
 def grams(text, size=3, pattern=r"\w+", lower=True):
@@ -260,45 +247,44 @@ def short_texts_share_nothing(a, b):
 
 
 # An order of the two texts has to matter in every draw, or these could not be told from each other.
-DIVISOR_MUTANTS = [
-    ("smaller set", over(lambda x, y: min(len(x), len(y)))),
-    ("larger set", over(lambda x, y: max(len(x), len(y)))),
-    ("first text's pieces", over(lambda x, y: len(x))),
-    ("second text's pieces", over(lambda x, y: len(y))),
-]
-SHARE_MUTANTS = [
-    ("is a return missing", lambda a, b: None),
-    ("returned set; a number from 0 to 1", lambda a, b: set(grams(a)) & set(grams(b))),
-    ("capitals count", jaccard(lambda text: grams(text, lower=False))),
-    ("count as parts of words", jaccard(lambda text: grams(text, pattern=r"\S+"))),
-    ("Dice", over(lambda x, y: (len(x) + len(y)) / 2)),
-    ("counts shared pieces twice", over(lambda x, y: len(x) + len(y))),
-    ("repeated trigrams", counted),
-    ("that is the distance", lambda a, b: 1 - share(a, b)),
-    ("single words", jaccard(lambda text: grams(text, size=1))),
-    ("pairs of words", jaccard(lambda text: grams(text, size=2))),
-    (
-        "trigrams of characters",
-        jaccard(lambda text: {text.lower()[i : i + 3] for i in range(max(1, len(text) - 2))}),
-    ),
-    ("return the share", lambda a, b: 100 * share(a, b)),
-    ("number of shared trigrams", over(lambda x, y: 1)),
-    ("every third", jaccard(lambda text: grams(text)[::3])),
-    ("divided by zero; a text of fewer than three words", jaccard(no_short_texts)),
-    ("but should be .* count as one piece", short_texts_share_nothing),
-    ("but should be", lambda a, b: round(share(a, b))),
-]
 
 
 def test_shared_trigrams():
     joined = jaccard(lambda text: [" ".join(gram) for gram in grams(text.casefold())])
     whole = lambda a, b: int(s) if (s := share(a, b)) in (0, 1) else s  # noqa: E731
     accepts(checks.check_shared_trigrams, share, joined, whole, times=20)
-    refuses(checks.check_shared_trigrams, SHARE_MUTANTS, times=3)
-    refuses(checks.check_shared_trigrams, DIVISOR_MUTANTS, times=100)
-
-
-# ── exercise 4 ──
+    refuses(
+        checks.check_shared_trigrams,
+        ("is a return missing", lambda a, b: None),
+        ("returned set; a number from 0 to 1", lambda a, b: set(grams(a)) & set(grams(b))),
+        ("capitals count", jaccard(lambda text: grams(text, lower=False))),
+        ("count as parts of words", jaccard(lambda text: grams(text, pattern=r"\S+"))),
+        ("Dice", over(lambda x, y: (len(x) + len(y)) / 2)),
+        ("counts shared pieces twice", over(lambda x, y: len(x) + len(y))),
+        ("repeated trigrams", counted),
+        ("that is the distance", lambda a, b: 1 - share(a, b)),
+        ("single words", jaccard(lambda text: grams(text, size=1))),
+        ("pairs of words", jaccard(lambda text: grams(text, size=2))),
+        (
+            "trigrams of characters",
+            jaccard(lambda t: {t.lower()[i : i + 3] for i in range(max(1, len(t) - 2))}),
+        ),
+        ("return the share", lambda a, b: 100 * share(a, b)),
+        ("number of shared trigrams", over(lambda x, y: 1)),
+        ("every third", jaccard(lambda text: grams(text)[::3])),
+        ("divided by zero; a text of fewer than three words", jaccard(no_short_texts)),
+        ("but should be .* count as one piece", short_texts_share_nothing),
+        ("but should be", lambda a, b: round(share(a, b))),
+        times=3,
+    )
+    refuses(
+        checks.check_shared_trigrams,
+        ("smaller set", over(lambda x, y: min(len(x), len(y)))),
+        ("larger set", over(lambda x, y: max(len(x), len(y)))),
+        ("first text's pieces", over(lambda x, y: len(x))),
+        ("second text's pieces", over(lambda x, y: len(y))),
+        times=100,
+    )
 
 
 def gap(pair):
@@ -351,33 +337,29 @@ def swapping(pairs):
     return [p if gap(p) <= 0 else {**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]
 
 
-BALANCE_MUTANTS = [
-    ("is a return missing", lambda pairs: None),
-    ("all are kept: nothing was balanced", lambda pairs: list(pairs)),
-    ("equal ones are kept|0 of each are kept", lambda pairs: []),
-    ("keep all pairs of equal length", balancer(equal=False)),
-    ("those with the largest difference are kept", balancer(key=lambda pair: -abs(gap(pair)))),
-    ("difference are kept, others with a smaller", random_ones),
-    ("keep as many|equal ones are kept|nothing was balanced", balancer(measure=by_words)),
-    ("keep the equal ones", balancer(key=lambda pair: abs(by_words(pair)))),
-    ("drop no more than necessary", balancer(fewer=lambda n: n // 2)),
-    ("keep as many of both", lambda pairs: [p for p in pairs if gap(p) <= 0]),
-    ("keep as many|of each are kept|smaller one not", lambda pairs: [p for p in pairs if abs(gap(p)) < 30]),
-    ("kept twice", lambda pairs: balance(pairs) * 2),
-    ("reordered", in_place),
-    ("a text was changed: .* never cut", cutting),
-    ("a returned pair is not among the given", lambda pairs: cutting(copy.deepcopy(pairs))),
-    ("chosen and rejected are swapped", swapping),
-]
-
-
 def test_balance():
     filtered = lambda pairs: [p for p in pairs if p in balance(pairs)]  # noqa: E731
     accepts(checks.check_balance, balance, by_popping, filtered, times=20)
-    refuses(checks.check_balance, BALANCE_MUTANTS, times=3)
-
-
-# ── exercise 5 ──
+    refuses(
+        checks.check_balance,
+        ("is a return missing", lambda pairs: None),
+        ("all are kept: nothing was balanced", lambda pairs: list(pairs)),
+        ("equal ones are kept|0 of each are kept", lambda pairs: []),
+        ("keep all pairs of equal length", balancer(equal=False)),
+        ("those with the largest difference are kept", balancer(key=lambda pair: -abs(gap(pair)))),
+        ("difference are kept, others with a smaller", random_ones),
+        ("keep as many|equal ones are kept|nothing was balanced", balancer(measure=by_words)),
+        ("keep the equal ones", balancer(key=lambda pair: abs(by_words(pair)))),
+        ("drop no more than necessary", balancer(fewer=lambda n: n // 2)),
+        ("keep as many of both", lambda pairs: [p for p in pairs if gap(p) <= 0]),
+        ("keep as many|of each are|smaller one not", lambda pairs: [p for p in pairs if abs(gap(p)) < 30]),
+        ("kept twice", lambda pairs: balance(pairs) * 2),
+        ("reordered", in_place),
+        ("a text was changed: .* never cut", cutting),
+        ("a returned pair is not among the given", lambda pairs: cutting(copy.deepcopy(pairs))),
+        ("chosen and rejected are swapped", swapping),
+        times=3,
+    )
 
 
 def in_order_of_coming(rows):
@@ -434,36 +416,32 @@ class Still(random.Random):
         pass
 
 
-SPLIT_MUTANTS = [
-    ("is a return missing", lambda rows, share, seed: None),
-    ("things; return|must each be a list", after_split(lambda train, test: test)),
-    ("train and test are swapped", after_split(lambda train, test: (test, train))),
-    (
-        "lists? of the rows themselves",
-        after_split(lambda *sides: tuple([row["id"] for row in side] for side in sides)),
-    ),
-    ("cores are on both sides, so train answers what test asks", by_rows),
-    ("take cores until|swapped", splitter(stop=lambda share: 1 - share)),
-    ("then stop", splitter(stop=lambda share: share + 0.2)),
-    ("0 rows in test; take cores", splitter(stop=lambda share: 0)),
-    ("not the global generator", splitter(rng=lambda seed: random)),
-    ("another Python process splits", splitter(cores=lambda rows: list({row["core"] for row in rows}))),
-    ("every seed gives the same split", splitter(rng=Still)),
-    ("every seed gives the same split", lambda rows, share, seed: split(rows, share, 0)),
-    ("the given list was reordered", in_place_rows),
-    ("1 rows are on neither side", after_split(lambda train, test: (train[:-1], test))),
-    ("is on both sides", after_split(lambda train, test: (train + test[:1], test))),
-    ("twice on the same side", after_split(lambda train, test: ([*train, train[0]], test))),
-]
-
-
 def test_split():
     sorted_cores = splitter(cores=lambda rows: sorted({row["core"] for row in rows}))
     accepts(checks.check_split, split, counting_down, sorted_cores, times=20)
-    refuses(checks.check_split, SPLIT_MUTANTS, times=3)
-
-
-# ── the experiment ──
+    refuses(
+        checks.check_split,
+        ("is a return missing", lambda rows, share, seed: None),
+        ("things; return|must each be a list", after_split(lambda train, test: test)),
+        ("train and test are swapped", after_split(lambda train, test: (test, train))),
+        (
+            "lists? of the rows themselves",
+            after_split(lambda *sides: tuple([r["id"] for r in side] for side in sides)),
+        ),
+        ("cores are on both sides, so train answers what test asks", by_rows),
+        ("take cores until|swapped", splitter(stop=lambda share: 1 - share)),
+        ("then stop", splitter(stop=lambda share: share + 0.2)),
+        ("0 rows in test; take cores", splitter(stop=lambda share: 0)),
+        ("not the global generator", splitter(rng=lambda seed: random)),
+        ("another Python process splits", splitter(cores=lambda rows: list({row["core"] for row in rows}))),
+        ("every seed gives the same split", splitter(rng=Still)),
+        ("every seed gives the same split", lambda rows, share, seed: split(rows, share, 0)),
+        ("the given list was reordered", in_place_rows),
+        ("1 rows are on neither side", after_split(lambda train, test: (train[:-1], test))),
+        ("is on both sides", after_split(lambda train, test: (train + test[:1], test))),
+        ("twice on the same side", after_split(lambda train, test: ([*train, train[0]], test))),
+        times=3,
+    )
 
 
 def test_the_three_training_sets_differ_in_what_leaked_and_in_nothing_else():

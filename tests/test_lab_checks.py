@@ -1,13 +1,29 @@
 """The frame of the checks, on a realistic check with the wrong answers that people really give."""
 
+import contextlib
+import inspect
+import io
 import logging
 import sys
 import warnings
 
 import pytest
 import torch
+from helpers import printed_by, refuses
+from IPython.core.interactiveshell import InteractiveShell
 
-from spark_ft.lab.checks import CheckFailed, check, require, require_close
+from spark_ft.lab.checks import (
+    call,
+    check,
+    lab_3_1_1,
+    lab_3_1_2,
+    lab_3_1_3,
+    lab_3_1_4,
+    lab_3_1_5,
+    lab_3_1_6,
+    require,
+    require_close,
+)
 
 
 @check
@@ -16,12 +32,9 @@ def check_adapter_output(answer) -> str:
     for batch, width, out, rank, alpha in ((1, 8, 8, 2, 8.0), (5, 16, 12, 4, 2.0)):
         x, A, B = torch.randn(batch, width), torch.randn(rank, width), torch.randn(out, rank)
         right = x @ (alpha / rank * B @ A).T
-        require_close(
-            answer(x, A, B, alpha),
-            right,
-            f"the output for alpha={alpha:g}, rank={rank}",
-            {"scaled by alpha, not alpha / rank": right * rank, "not scaled": right * rank / alpha},
-        )
+        what = f"the output for alpha={alpha:g}, rank={rank}"
+        mistakes = {"scaled by alpha, not alpha / rank": right * rank, "not scaled": right * rank / alpha}
+        require_close(call(answer, what, x, A, B, alpha), right, what, mistakes)
     require(A.requires_grad is False, "A was changed")
     return "the adapter's output equals x·(α/r·BA)ᵀ on 2 shapes"
 
@@ -30,18 +43,20 @@ def right(x, A, B, alpha):
     return x @ A.T @ B.T * (alpha / A.shape[0])
 
 
-def stub(x, A, B, alpha):
+def stub(*_):
     raise NotImplementedError("your turn (exercise 3)")
 
 
-MUTANTS = {
-    "scaled by alpha, not alpha / rank": lambda x, A, B, alpha: x @ A.T @ B.T * alpha,
-    "not scaled": lambda x, A, B, alpha: x @ A.T @ B.T,
-    "a return missing": lambda x, A, B, alpha: None,
-    r"shape \(12,\)|shape \(8,\), but": lambda x, A, B, alpha: right(x, A, B, alpha)[0],
-    "nan": lambda x, A, B, alpha: right(x, A, B, alpha) / 0,
-    "off by up to": lambda x, A, B, alpha: right(x, A, B, alpha) + 0.01,
-}
+MUTANTS = [
+    ("scaled by alpha, not alpha / rank", lambda x, A, B, alpha: x @ A.T @ B.T * alpha),
+    ("not scaled", lambda x, A, B, alpha: x @ A.T @ B.T),
+    ("a return missing", lambda x, A, B, alpha: None),
+    (r"shape \(12,\)|shape \(8,\), but", lambda x, A, B, alpha: right(x, A, B, alpha)[0]),
+    ("nan", lambda x, A, B, alpha: right(x, A, B, alpha) / 0),
+    ("off by up to", lambda x, A, B, alpha: right(x, A, B, alpha) + 0.01),
+    ("the output for alpha=8, rank=2: PyTorch says", lambda x, A, B, alpha: x @ A @ B),
+]
+LABS = (lab_3_1_1, lab_3_1_2, lab_3_1_3, lab_3_1_4, lab_3_1_5, lab_3_1_6)
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +70,28 @@ def test_right_answer_prints_one_line_and_returns_none(capsys):
     assert capsys.readouterr() == ("✓ the adapter's output equals x·(α/r·BA)ᵀ on 2 shapes\n", "")
 
 
-@pytest.mark.parametrize("diagnosis", MUTANTS)
-def test_mutant_is_caught_and_diagnosed(diagnosis):
-    with pytest.raises(CheckFailed, match=diagnosis):
-        check_adapter_output(MUTANTS[diagnosis])
+def test_each_mutant_is_diagnosed():
+    refuses(check_adapter_output, *MUTANTS)
+
+
+def notebook_shows(code, folder):
+    shell = InteractiveShell(colors="NoColor", ipython_dir=str(folder))
+    shell.user_ns["check_adapter_output"] = check_adapter_output
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        shell.run_cell(code)
+    return shown.getvalue().strip()
+
+
+def test_a_wrong_answer_shows_its_message_alone_in_a_notebook(tmp_path):
+    shown = notebook_shows("check_adapter_output(lambda x, A, B, alpha: None)", tmp_path)
+    assert shown == "✗ the output for alpha=8, rank=2 is NoneType, not a tensor; is a return missing?"
+
+
+def test_an_error_inside_the_answer_shows_where_it_was_raised(tmp_path):
+    shown = notebook_shows("def answer(*_):\n    return 1 / 0\ncheck_adapter_output(answer)", tmp_path)
+    assert "return 1 / 0" in shown
+    assert "ZeroDivisionError: division by zero" in shown
+    assert "noise" not in shown, "the frame's own lines stay hidden"
 
 
 def test_stub_is_reported_but_does_not_raise(capsys):
@@ -66,20 +99,14 @@ def test_stub_is_reported_but_does_not_raise(capsys):
     assert capsys.readouterr().out == "not attempted yet – exercise 3\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("SPARK_FT_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde"), ("NBGRADER_EXECUTION", "validate")],
-)
-def test_stub_raises_where_it_is_graded(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("name", ["SPARK_FT_STRICT", "NBGRADER_EXECUTION"])
+def test_stub_raises_where_it_is_graded(monkeypatch, name):
+    monkeypatch.setenv("SPARK_FT_STRICT", "0")  # which is not strict
+    check_adapter_output(stub)
+    monkeypatch.setenv(name, "1" if name == "SPARK_FT_STRICT" else "validate")
     with pytest.raises(NotImplementedError, match="your turn"):
         check_adapter_output(stub)
     check_adapter_output(right)
-
-
-def test_strict_zero_is_not_strict(monkeypatch):
-    monkeypatch.setenv("SPARK_FT_STRICT", "0")
-    check_adapter_output(stub)
 
 
 def test_nbgraders_own_stub_counts_as_not_attempted_and_a_real_error_does_not(capsys):
@@ -137,3 +164,19 @@ def test_inputs_are_fresh_and_the_notebooks_generator_is_left_alone():
 def test_a_check_that_says_nothing_is_a_mistake_of_its_author():
     with pytest.raises(TypeError, match="must return the line"):
         check(lambda answer: None)(right)
+
+
+def test_every_check_of_every_lab_lets_a_stub_pass():
+    @contextlib.contextmanager
+    def manager_stub(*_):
+        raise NotImplementedError("your turn (exercise 3)")
+        yield
+
+    needs_a_model = (lab_3_1_4.check_loss_parity, lab_3_1_6.check_mask_parity)
+    names = [(lab, name) for lab in LABS for name in vars(lab) if name.startswith("check_")]
+    checks = {getattr(lab, name) for lab, name in names} - set(needs_a_model)
+    assert len(checks) > 30
+    for each in checks:
+        answers = [stub] * len(inspect.signature(each).parameters)
+        assert "not attempted yet – exercise 3" in printed_by(each, tuple(answers)), each.__name__
+    assert "not attempted yet" in printed_by(lab_3_1_3.check_embedding_noise, manager_stub)
