@@ -1,6 +1,7 @@
 """The builder keeps its rules, and the notebooks in labs/ are what their sources say."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ from nbformat.v4 import new_output
 
 from spark_ft.lab import build
 from spark_ft.lab.build import BEGIN, END, BuildError, learners, read_source, without_tag
+from spark_ft.lab.run import headline_of
 
 LAB = '''# %% [markdown]
 # # Doubling
@@ -99,29 +101,25 @@ def test_without_tag_leaves_the_other_cells(lab):
     assert all("trained" not in cell.source for cell in kept)
 
 
-@pytest.mark.parametrize(
-    ("cell", "message"),
-    [
-        (f'nbgrader={{"grade_id": "a", "solution": true}}\n{BEGIN}\nx = 1\n{END}', "inside a function"),
-        (
-            f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1\n{END}\n',
-            "inside a func",
-        ),
-        (f"\ndef f():\n    {BEGIN}\n    return 1\n    {END}", 'marked "solution"'),
-        ('nbgrader={"grade_id": "a", "solution": true}\ndef f():\n    return 1', 'marked "solution"'),
-        (
-            f'nbgrader={{"grade_id": "a", "solution": true}}\ndef f():\n    {BEGIN}\n    return 1',
-            'marked "solution"',
-        ),
-        ('nbgrader={"solution": true}\nx = 1', "grade_id"),
-        ('nbgrader={"grade_id": "a", "grade": true}\nx = 1', "points"),
-        ('nbgrader={"grade_id": "a"}\nx = 1\n\n# %% nbgrader={"grade_id": "a"}\ny = 1', "twice"),
-    ],
-)
-def test_read_source_refuses(lab, cell, message):
-    lab.write_text(f"# %% {cell}\n")
-    with pytest.raises(BuildError, match=message):
-        read_source(lab)
+MARKED = 'nbgrader={"grade_id": "a", "solution": true}'
+BROKEN = [
+    ("inside a function", f"{MARKED}\n{BEGIN}\nx = 1\n{END}"),
+    ("inside a function", f"{MARKED}\ndef f():\n    {BEGIN}\n    return 1\n{END}\n"),
+    ('marked "solution"', f"\ndef f():\n    {BEGIN}\n    return 1\n    {END}"),
+    ('marked "solution"', f"{MARKED}\ndef f():\n    return 1"),
+    ('marked "solution"', f"{MARKED}\ndef f():\n    {BEGIN}\n    return 1"),
+    ("cell 1, line 1: not valid Python", f"{MARKED}\ndef f()\n    {BEGIN}\n    return 1\n    {END}"),
+    ("grade_id", 'nbgrader={"solution": true}\nx = 1'),
+    ("points", 'nbgrader={"grade_id": "a", "grade": true}\nx = 1'),
+    ("twice", 'nbgrader={"grade_id": "a"}\nx = 1\n\n# %% nbgrader={"grade_id": "a"}\ny = 1'),
+]
+
+
+def test_read_source_refuses_broken_cells(lab):
+    for message, cell in BROKEN:
+        lab.write_text(f"# %% {cell}\n")
+        with pytest.raises(BuildError, match=message):
+            read_source(lab)
 
 
 def test_build_executes_keeps_outputs_and_writes_both(lab):
@@ -148,30 +146,26 @@ def test_build_executes_keeps_outputs_and_writes_both(lab):
     lab.write_text(LAB)
     build.build(lab)
     assert solved_path.read_bytes() == first, "the same source and outputs give the same bytes"
-    assert not list(lab.parents[1].rglob("*.partial"))
+    names = {path.name for path in lab.parents[1].rglob("*") if path.is_file()}
+    assert names == {lab.name, "lab-9.1.1-doubling.ipynb"}, "nothing half-written stays"
 
 
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (
-            new_output("stream", name="stdout", text=f"saved in {Path.home() / 'models'}"),
-            "cell 2: .* names a folder",
-        ),
-        (new_output("execute_result", data={"text/plain": f"'{build.ROOT}'"}), "cell 2: .* names a folder"),
-        (
-            new_output("stream", name="stderr", text="UserWarning: old"),
-            "cell 2: .* stderr: 'UserWarning: old'",
-        ),
-        (new_output("stream", name="stdout", text="x" * 400_000), "402 KB, more than 400"),
-    ],
-)
-def test_check_outputs_refuses(lab, output, message):
-    notebook = read_source(lab)
-    build.check_outputs(notebook, "lab")
-    notebook.cells[1].outputs = [output]
-    with pytest.raises(BuildError, match=message):
+def test_check_outputs_refuses_folders_warnings_and_weight(lab):
+    home = new_output("stream", name="stdout", text=f"saved in {Path.home() / 'models'}")
+    root = new_output("execute_result", data={"text/plain": f"'{build.ROOT}'"})
+    warning = new_output("stream", name="stderr", text="UserWarning: old")
+    heavy = new_output("stream", name="stdout", text="x" * 400_000)
+    for output, message in (
+        (home, "cell 2: .* names a folder"),
+        (root, "cell 2: .* names a folder"),
+        (warning, "cell 2: .* stderr: 'UserWarning: old'"),
+        (heavy, "402 KB, more than 400"),
+    ):
+        notebook = read_source(lab)
         build.check_outputs(notebook, "lab")
+        notebook.cells[1].outputs = [output]
+        with pytest.raises(BuildError, match=message):
+            build.check_outputs(notebook, "lab")
 
 
 def test_a_refused_lab_is_reported_and_its_solved_notebook_not_written(lab, capsys):
@@ -192,64 +186,69 @@ def test_sources_are_picked_by_number_and_ordered(tmp_path):
         build.sources(["3.1.7"], tmp_path)
 
 
-SOURCES = build.sources()
+NAMES = [path.stem for path in build.sources()]
+
+
+@lru_cache
+def built(name, *folder):
+    return nbformat.read(build.LABS.joinpath(*folder, f"{name}.ipynb"), 4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_there_are_labs_and_no_notebook_without_a_source():
-    assert SOURCES
-    stems = {path.stem for path in SOURCES}
+    assert NAMES
     for folder in (build.LABS, build.LABS / "solutions"):
-        assert {path.stem for path in folder.glob("*.ipynb")} == stems
+        assert {path.stem for path in folder.glob("*.ipynb")} == set(NAMES)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-class TestBuiltNotebooks:
-    def read(self, source, *folder):
-        return nbformat.read(build.LABS.joinpath(*folder, f"{source.stem}.ipynb"), 4)
-
-    def test_match_their_source(self, source):
+def test_built_notebooks_match_their_source():
+    stale = []
+    for source in build.sources():
         solved = read_source(source)
-        assert outline(self.read(source, "solutions")) == outline(solved), "run: make build"
-        assert outline(self.read(source)) == outline(learners(solved)), "run: make build"
+        if outline(built(source.stem, "solutions")) != outline(solved):
+            stale.append(f"labs/solutions/{source.stem}.ipynb")
+        if outline(built(source.stem)) != outline(learners(solved)):
+            stale.append(f"labs/{source.stem}.ipynb")
+    assert not stale, f"run `make build`: {', '.join(stale)}"
 
-    def test_learners_equals_solved_outside_solution_regions(self, source):
-        stub = re.compile(r'^ *raise NotImplementedError\("your turn \(exercise \d+\)"\)$', re.M)
-        for mine, solved in zip(self.read(source).cells, self.read(source, "solutions").cells, strict=True):
-            assert (mine.id, mine.cell_type, mine.metadata) == (solved.id, solved.cell_type, solved.metadata)
-            if BEGIN not in solved.source:
-                assert mine.source == solved.source.replace(
-                    "](../../", "](../"
-                )  # solutions/ is one folder deeper
+
+def test_learners_equal_solved_outside_solution_regions():
+    stub = re.compile(r'^ *raise NotImplementedError\("your turn \(exercise \d+\)"\)$', re.M)
+    for name in NAMES:
+        for mine, solved in zip(built(name).cells, built(name, "solutions").cells, strict=True):
+            where = f"{name}, cell {mine.id}"
+            same = (solved.id, solved.cell_type, solved.metadata)
+            assert (mine.id, mine.cell_type, mine.metadata) == same, where
+            if BEGIN not in solved.source:  # solutions/ is one folder deeper
+                assert mine.source == solved.source.replace("](../../", "](../"), where
             elif mine.cell_type == "code":
-                assert stub.sub("<region>", mine.source) == outside_regions(solved.source)
+                assert stub.sub("<region>", mine.source) == outside_regions(solved.source), where
 
-    def test_solved_is_executed_and_its_outputs_are_fit_to_publish(self, source):
-        solved = self.read(source, "solutions")
-        build.check_outputs(solved, source.stem)
-        code = [cell for cell in solved.cells if cell.cell_type == "code" and cell.source.strip()]
-        assert all(cell.execution_count for cell in code)
-        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-        errors = [o for cell in code for o in cell.outputs if o.output_type == "error"]
-        assert not errors
 
-    def test_figures_have_alt_text(self, source):
-        outputs = [
-            o for c in self.read(source, "solutions").cells if c.cell_type == "code" for o in c.outputs
-        ]
-        images = [o for o in outputs if "image/png" in o.get("data", {})]
-        assert len(images) >= 2, "a lab has two figures or more"
-        assert all(len(o.metadata["image/png"]["alt"].split()) >= 6 for o in images), (
-            "draw with spark_ft.lab.plots"
-        )
-
-    def test_ends_with_a_headline(self, source):
-        from spark_ft.lab.run import headline_of
-
-        assert headline_of(self.read(source, "solutions"))
-
-    def test_learners_has_no_outputs(self, source):
-        assert all(
-            not c.outputs and c.execution_count is None
-            for c in self.read(source).cells
-            if c.cell_type == "code"
-        )
+def test_solved_are_executed_and_fit_to_publish_and_learners_have_no_outputs():
+    wrong = []
+    for name in NAMES:
+        solved = built(name, "solutions")
+        build.check_outputs(solved, name)
+        code = [cell for cell in code_cells(solved) if cell.source.strip()]
+        outputs = [output for cell in code for output in cell.outputs]
+        images = [output for output in outputs if "image/png" in output.get("data", {})]
+        alts = [image.metadata.get("image/png", {}).get("alt", "") for image in images]
+        found = {
+            "is not executed from top to bottom": [c.execution_count for c in code]
+            != [*range(1, len(code) + 1)],
+            "shows an error": any(output.output_type == "error" for output in outputs),
+            "has fewer than two figures": len(images) < 2,
+            "has a figure without alt text (draw with spark_ft.lab.plots)": any(
+                len(alt.split()) < 6 for alt in alts
+            ),
+            "does not end with a headline": not headline_of(solved),
+            "has outputs in the learner's notebook": any(
+                cell.outputs or cell.execution_count is not None for cell in code_cells(built(name))
+            ),
+        }
+        wrong += [f"{name} {fault}" for fault, is_so in found.items() if is_so]
+    assert not wrong, "\n".join(wrong)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from spark_ft.lab import HEADLINE_TYPE, headline
 from spark_ft.lab.run import Result, main, table
+from spark_ft.version import __version__
 
 GOOD = '# %%\nfrom spark_ft.lab import headline\n\n# %%\nheadline({"exact match %": 92.5, "base %": 0})\n'
 FAILS = "# %% [markdown]\n# # Text\n\n# %%\ndef f(x):\n    return x / 0\n\nf(1)\n"
@@ -48,12 +48,12 @@ def test_dead_kernel_is_a_failure_not_a_hang(tmp_path, capsys):
     assert "the kernel died" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["3.1.99"], ["--labs", "/nonexistent"]])
-def test_no_such_lab_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert "no lab" in capsys.readouterr().err
+def test_no_such_lab_is_refused(capsys):
+    for arguments in (["3.1.99"], ["--labs", "/nonexistent"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert "no lab" in capsys.readouterr().err
 
 
 def test_table_has_a_line_per_lab_within_its_width():
@@ -76,10 +76,12 @@ def test_headline_takes_scalars_of_any_library_and_is_json():
     assert repr(numbers) == "tensor 1.5; numpy 2; flag True; text so"
 
 
-@pytest.mark.parametrize("wrong", [{}, {"a": None}, {"a": [1, 2]}, {"a": torch.zeros(2)}])
-def test_headline_refuses_what_a_table_cannot_hold(wrong):
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
-        headline(wrong)
+def test_headline_refuses_what_a_table_cannot_hold():
+    for wrong in ({"a": None}, {"a": [1, 2]}, {"a": torch.zeros(2)}):
+        with pytest.raises(TypeError, match="a headline holds numbers, booleans and strings, not"):
+            headline(wrong)
+    with pytest.raises(ValueError, match="ends with at least one number"):
+        headline({})
 
 
 def test_only_the_two_known_messages_are_silenced():
@@ -106,4 +108,4 @@ def test_command_line_names_its_commands():
     assert "labs" in shown
     assert subprocess.run([*run, "nothing"], capture_output=True).returncode == 2
     version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    assert version in Path("spark_ft/version.py").read_text()
+    assert version == __version__

@@ -1,5 +1,6 @@
-"""What only the notebooks use: checks, plots, the builder and the runner; importing it silences two messages."""
+"""What only the notebooks use: checks, plots, builder and runner; importing it silences two messages."""
 
+from contextlib import suppress
 from typing import Any
 
 from spark_ft.bench import quiet_known_messages
@@ -10,7 +11,9 @@ quiet_known_messages()
 
 
 def _plain(value: Any) -> bool | int | float | str:
-    value = value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, ValueError):  # more than one element: refused below
+            value = value.item()
     if not isinstance(value, bool | int | float | str):
         raise TypeError(
             f"a headline holds numbers, booleans and strings, not {type(value).__name__}: {value!r}"
@@ -23,7 +26,7 @@ def _shown(value: bool | int | float | str) -> str:
 
 
 class Headline(dict):
-    """A lab's closing numbers: a dict that shows as a table and that `make labs` can read."""
+    """A lab's closing numbers: a dict that displays as a table and that `make labs` reads."""
 
     def __repr__(self) -> str:
         return "; ".join(f"{name} {_shown(value)}" for name, value in self.items())
@@ -41,8 +44,8 @@ def headline(numbers: dict[str, Any]) -> Headline:
     """Return a lab's headline numbers; make it the last expression of the lab's last code cell.
 
     Args:
-        numbers: name with unit → number, boolean or short string; the most telling one first, since the closing
-            table of `make labs` shows as many as fit. Tensors and NumPy scalars of one element become plain numbers.
+        numbers: name with unit → number, boolean or short string; the most important one first, since the
+            table of `make labs` shows as many as fit. One-element tensors and NumPy scalars become numbers.
     """
     if not numbers:
         raise ValueError("headline({}): a lab ends with at least one number")

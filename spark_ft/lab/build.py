@@ -1,4 +1,4 @@
-"""Build the notebooks from their one source: labs/src/*.py → labs/solutions/*.ipynb (executed) and labs/*.ipynb.
+"""Build the notebooks from their source: labs/src/*.py → labs/solutions/*.ipynb (executed) and labs/*.ipynb.
 
 Use:
     python -m spark_ft.lab.build                        every lab
@@ -23,7 +23,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[2]
+from spark_ft.files import ROOT, write_atomically
+
 LABS = ROOT / "labs"
 MAX_BYTES = 400_000
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -35,11 +36,11 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class BuildError(ValueError):
-    """A lab's source or output breaks a rule of the builder; the message names the lab, the cell and the mend."""
+    """A lab's source or output breaks a rule; the message names the lab, the cell and the mend."""
 
 
 def sources(names: list[str] | None = None, labs: Path = LABS) -> list[Path]:
-    """The labs' sources in the order of their numbers; `names` picks some: "3.1.1", "lab-3.1.1" or the whole name."""
+    """The labs' sources in order; `names` picks some: "3.1.1", "lab-3.1.1" or the whole name."""
     found = sorted(
         (labs / "src").glob("lab-*.py"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)]
     )
@@ -57,14 +58,14 @@ def _is(path: Path, start: str) -> bool:
 
 
 def read_source(path: Path) -> NotebookNode:
-    """The solved notebook, not executed, of a py:percent source; the same text always gives the same notebook."""
+    """The solved notebook of a py:percent source, not executed; equal texts give equal notebooks."""
     notebook = jupytext.read(path, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen: dict[str, int] = {}
     for number, cell in enumerate(notebook.cells, 1):
-        for drawn in ("lines_to_next_cell", "title"):
-            cell.metadata.pop(drawn, None)
+        for field in ("lines_to_next_cell", "title"):  # jupytext's own, of no use in a notebook
+            cell.metadata.pop(field, None)
         if "nbgrader" in cell.metadata:
             cell.metadata["nbgrader"] = _complete_grading(
                 cell.metadata["nbgrader"], f"{path.name}, cell {number}"
@@ -76,7 +77,7 @@ def read_source(path: Path) -> NotebookNode:
 
 
 def _complete_grading(given: dict, where: str) -> NotebookNode:
-    """nbgrader wants all seven fields in every cell; a source states only what differs from the usual."""
+    """All the fields that nbgrader requires; a source states only those that differ from the default."""
     if not re.fullmatch(r"[A-Za-z][\w-]{0,63}", given.get("grade_id", "")):
         raise BuildError(f'{where}: nbgrader needs a "grade_id" of letters, digits and dashes')
     grade, solution = given.get("grade", False), given.get("solution", False)
@@ -106,25 +107,28 @@ def _cell_id(cell: NotebookNode, seen: dict[str, int]) -> str:
 
 
 def _check_solution(cell: NotebookNode, where: str) -> None:
-    """A solution region stands in a marked cell and inside a function, so that its stub cannot stop the notebook."""
+    """Require solution regions in marked cells and inside functions, so that no stub stops the notebook."""
     lines = cell.source.split("\n")
     begins = [i for i, line in enumerate(lines, 1) if BEGIN in line]
     ends = [i for i, line in enumerate(lines, 1) if END in line]
     marked = cell.metadata.get("nbgrader", {}).get("solution", False)
     if marked != bool(begins) or len(begins) != len(ends):
-        raise BuildError(f'{where}: a cell marked "solution" holds {BEGIN} and {END}, and no other cell does')
+        raise BuildError(f'{where}: cells marked "solution", and no others, hold {BEGIN} and {END}')
     if not begins or cell.cell_type != "code":
         return
-    functions = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef)]
+    try:
+        functions = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef)]
+    except SyntaxError as error:
+        raise BuildError(f"{where}, line {error.lineno}: not valid Python: {error.msg}") from None
     for begin, end in zip(begins, ends, strict=True):
-        # The END comment may stand below the function's last statement, so it is its indentation that counts.
+        # The END comment may come after the function's last statement, so its indentation counts.
         inside = any(
             f.body[0].lineno > f.lineno and f.lineno < begin < end and _covers(f, begin, end, lines)
             for f in functions
         )
         if not inside:
             raise BuildError(
-                f"{where}, line {begin}: a solution region stands inside a function (its stub raises)"
+                f"{where}, line {begin}: put the solution region inside a function, since its stub raises"
             )
 
 
@@ -135,8 +139,8 @@ def _covers(function: ast.FunctionDef, begin: int, end: int, lines: list[str]) -
 
 
 def learners(solved: NotebookNode) -> NotebookNode:
-    """The learner's notebook of a solved one: nbgrader's ClearSolutions with numbered stubs, and no outputs."""
-    from nbgrader.preprocessors import ClearSolutions  # 1 s, and only builders pay for it
+    """A solved notebook's learner version: nbgrader's ClearSolutions with numbered stubs, and no outputs."""
+    from nbgrader.preprocessors import ClearSolutions  # takes 1 s to import
 
     class NumberedStubs(ClearSolutions):
         exercise = 0
@@ -155,9 +159,8 @@ def learners(solved: NotebookNode) -> NotebookNode:
     notebook, _ = clear.preprocess(copy.deepcopy(solved), {})
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(
-                "](../../", "](../"
-            )  # written for labs/solutions/, one folder deeper
+            # links are written for labs/solutions/, one folder deeper
+            cell.source = cell.source.replace("](../../", "](../")
     return without_outputs(notebook)
 
 
@@ -171,22 +174,22 @@ def without_outputs(notebook: NotebookNode) -> NotebookNode:
 
 
 def without_tag(notebook: NotebookNode, tag: str) -> NotebookNode:
-    """The same notebook without the cells that carry a tag."""
+    """The same notebook without the cells that have a tag."""
     notebook = copy.deepcopy(notebook)
     notebook.cells = [cell for cell in notebook.cells if tag not in cell.metadata.get("tags", [])]
     return notebook
 
 
 def execute(notebook: NotebookNode, on_cell: Callable[[int], None] | None = None) -> NotebookNode:
-    """Execute in place, in a temporary folder since a lab may not depend on where it runs; keep constant metadata.
+    """Execute a notebook in place, inside a temporary folder, and set constant metadata.
 
     Args:
-        notebook: as `read_source` or `learners` give it.
+        notebook: from `read_source` or `learners`.
         on_cell: called with each cell's index before it runs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised; the notebook then holds its traceback.
-        nbclient.exceptions.DeadKernelError: the kernel died, most often for want of memory.
+        nbclient.exceptions.DeadKernelError: the kernel died, usually for lack of memory.
     """
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:
         client = NotebookClient(
@@ -204,7 +207,7 @@ def execute(notebook: NotebookNode, on_cell: Callable[[int], None] | None = None
             notebook.metadata = nbformat.from_dict(METADATA)
             for cell in notebook.cells:
                 if cell.cell_type == "code":
-                    # A live widget means nothing without its kernel, and its id is drawn at random.
+                    # A widget does not work without its kernel, and its id changes in every run.
                     cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
     return notebook
 
@@ -212,7 +215,7 @@ def execute(notebook: NotebookNode, on_cell: Callable[[int], None] | None = None
 def check_outputs(
     notebook: NotebookNode, name: str, private: tuple[str, ...] = (str(ROOT), f"{Path.home()}/")
 ) -> None:
-    """Refuse outputs that name this machine's folders, that hold stray warnings, or that weigh too much."""
+    """Refuse outputs that name this machine's folders, contain warnings, or are too large."""
     for number, cell in enumerate(notebook.cells, 1):
         for output in cell.get("outputs", []):
             text = json.dumps(output, ensure_ascii=False)
@@ -226,12 +229,12 @@ def check_outputs(
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:
         raise BuildError(
-            f"{name}: {size / 1000:.0f} KB, more than {MAX_BYTES // 1000}; print less, or smaller figures"
+            f"{name}: {size / 1000:.0f} KB, more than {MAX_BYTES // 1000}; print less, or shrink figures"
         )
 
 
 def keep_outputs(notebook: NotebookNode, old: NotebookNode) -> bool:
-    """Take over the outputs of an executed notebook with the same code; False (and nothing done) where code differs."""
+    """Copy the outputs of an executed notebook if its code is the same; otherwise return False."""
 
     def code(nb: NotebookNode) -> list[NotebookNode]:
         return [cell for cell in nb.cells if cell.cell_type == "code"]
@@ -244,25 +247,22 @@ def keep_outputs(notebook: NotebookNode, old: NotebookNode) -> bool:
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Write a notebook whole or not at all."""
+    """Write a notebook atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(
+        path, lambda partial: partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    )
 
 
 def build(path: Path, run: bool = True) -> str:
-    """Build one lab's two notebooks from its source and say what was done.
+    """Build one lab's two notebooks from its source, and return a line about it.
 
     Args:
         path: labs/src/lab-3.1.N-name.py.
-        run: execute it; otherwise keep the outputs of the solved notebook that is there, if its code is the same.
+        run: execute it; otherwise keep the outputs of the existing solved notebook if its code is the same.
 
     Raises:
-        BuildError: the source or an output breaks a rule, or outputs are needed and `run` is false.
+        BuildError: the source or an output breaks a rule, or `run` is false and the code has changed.
     """
     labs, name = path.parents[1], path.stem
     solved = read_source(path)
@@ -279,30 +279,38 @@ def build(path: Path, run: bool = True) -> str:
     return f"{name}: {done}, {target.stat().st_size / 1000:.0f} KB"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spark_ft.lab.build", description="Build labs from labs/src."
-    )
-    parser.add_argument("names", nargs="*", help="labs to build, by the start of their names; default: all")
-    parser.add_argument(
-        "--no-execute", action="store_true", help="only text changed: keep the stored outputs"
-    )
+def chosen_labs(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, list[Path]]:
+    """Parse a command line that names labs: its options and the labs' sources."""
+    parser.add_argument("names", nargs="*", help="labs, as 3.1.1 or by whole name; default: all")
     parser.add_argument("--labs", type=Path, default=LABS, help="the labs folder, which holds src/")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault(
-        "SPARK_FT_PROFILE", "laptop"
-    )  # stored outputs are the ones that everybody can reproduce
-    failed = 0
+    os.environ.setdefault("SPARK_FT_PROFILE", "laptop")  # so that everybody can reproduce the outputs
     try:
-        chosen = sources(options.names, options.labs)
+        found = sources(options.names, options.labs)
     except BuildError as error:
         parser.error(str(error))
+    if not found:
+        parser.error(f"no labs in {options.labs / 'src'}")
+    return options, found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build the labs named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spark_ft.lab.build", description="Build labs from labs/src."
+    )
+    parser.add_argument(
+        "--no-execute", action="store_true", help="only text changed: keep the stored outputs"
+    )
+    options, chosen = chosen_labs(parser, arguments)
+    failed = 0
     for path in chosen:
         try:
             print(build(path, run=not options.no_execute), flush=True)
-        except Exception as error:  # the next lab can still be built; a cell's traceback is the message
+        except Exception as error:  # the other labs can still be built; a failed cell brings its traceback
             print(f"{path.stem}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             failed += 1
     return 1 if failed else 0

@@ -1,6 +1,6 @@
 """One look for every figure: a palette that stays readable in grey, claims as titles, captions, and alt text.
 
-fig, ax = plots.figure("Rank 8 is enough here", x="rank", y="exact match (%)", caption="3 seeds, 95% t interval")
+fig, ax = plots.figure("Rank 8 is enough", x="rank", y="exact match (%)", caption="3 seeds, 95% t interval")
 ax.plot(ranks, scores, **plots.LINE["yours"])
 plots.show(fig, alt="Exact match climbs from 41% at rank 1 to 93% at rank 8 and stays there up to rank 64.")
 """
@@ -63,7 +63,7 @@ STYLE = {
     "image.cmap": GREY,
     "figure.facecolor": "white",
 }
-matplotlib.rcParams.update(STYLE)  # what a lab draws later, a heat map or a legend, follows it too
+matplotlib.rcParams.update(STYLE)  # so that heat maps and legends drawn later follow it too
 
 
 def figure(
@@ -80,14 +80,14 @@ def figure(
 
     Args:
         title: the claim that the figure supports, as a sentence.
-        caption: seeds, interval, data and model: what one must know to believe it.
+        caption: what the claim rests on: seeds, interval, data and model.
         x, y: the axis labels with units, for every panel; a panel may set its own with `ax.set_xlabel`.
         columns: panels side by side.
         width, height: inches; at 100 dots an inch.
     """
     if not title.strip() or not caption.strip():
         raise ValueError(
-            "a figure needs a title that states its claim and a caption that says what it rests on"
+            "a figure needs a title that states its claim and a caption that says what the claim rests on"
         )
     fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained")
     for ax in fig.axes:
@@ -100,22 +100,22 @@ def figure(
 def show(fig: Figure, alt: str) -> None:
     """Put a figure into the notebook as a small PNG with alt text, and close it.
 
-    The text goes into the output's metadata, where nbconvert's classic template reads it as `alt=`, into its plain-text
-    form, and into a folded line below, since JupyterLab, nbconvert's lab template and GitHub show images without alt.
+    The text goes into the output's metadata, where nbconvert's classic template reads it as `alt=`, into the
+    plain-text form, and into a folded line below, since JupyterLab and GitHub show no alt text.
 
     Args:
         fig: from `figure`.
-        alt: what one would say on the phone: the axes, the shape, the numbers that matter.
+        alt: what you would say on the phone: the axes, the shape, the numbers that matter.
 
     Raises:
-        ValueError: the alt text says nothing, an axis has no label, or the PNG weighs more than 60 KB.
+        ValueError: the alt text is too short, an axis has no label, or the PNG is larger than 60 KB.
     """
     if len(alt.split()) < 6:
         raise ValueError(
-            f"the alt text {alt!r} does not say what the figure shows; tell its shape and its numbers"
+            f"the alt text {alt!r} does not say what the figure shows; describe its shape and its numbers"
         )
     for ax in fig.axes:
-        # A colour bar and an axis turned off explain themselves or hold no scale.
+        # A colour bar explains itself, and an axis that is turned off has no scale.
         if ax.axison and not hasattr(ax, "_colorbar") and not (ax.get_xlabel() and ax.get_ylabel()):
             raise ValueError(f"panel {ax.get_title()!r} needs a label with its unit on both axes")
     png = _png(fig)
@@ -130,12 +130,12 @@ def show(fig: Figure, alt: str) -> None:
 def _png(fig: Figure) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png")
-    # 128 colours are plenty for lines, bars and grey maps, and weigh a third of the full range.
+    # 128 colours are enough for lines, bars and grey maps, and take a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
         small, format="png", optimize=True
     )
     if small.tell() > MAX_BYTES:
         raise ValueError(
-            f"the figure weighs {small.tell() / 1000:.0f} KB, more than 60: fewer points, or smaller"
+            f"the figure takes {small.tell() / 1000:.0f} KB, more than 60: draw fewer points, or shrink it"
         )
     return small.getvalue()

@@ -1,7 +1,6 @@
 """Execute every lab from its source, headless, with a line per lab as it goes and a table at the end."""
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
 from spark_ft.lab import HEADLINE_TYPE
-from spark_ft.lab.build import LABS, BuildError, execute, read_source, sources
+from spark_ft.lab.build import BuildError, chosen_labs, execute, read_source
 
 CLEAR = "\r\x1b[K"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -22,7 +21,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Result:
-    """How one lab went: `headline` is what its last cell returned, `error` is empty where it passed."""
+    """How one lab went: `headline` is what its last cell returned; `error` is empty if it passed."""
 
     name: str
     seconds: float
@@ -31,14 +30,14 @@ class Result:
 
 
 def headline_of(notebook: NotebookNode) -> NotebookNode | None:
-    """What an executed lab's last code cell returned by `headline`: its output's data, by MIME type; or None."""
+    """The `headline` output of an executed lab's last code cell, by MIME type, or None."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     bundles = [output.get("data", {}) for output in cells[-1].outputs] if cells else []
     return next((bundle for bundle in bundles if HEADLINE_TYPE in bundle), None)
 
 
 def run_lab(source: Path) -> Result:
-    """Execute one lab's solved notebook, made in memory from its source, and write nothing."""
+    """Execute one lab's solved notebook from its source; nothing is written."""
     started = time.perf_counter()
     said, error = "", ""
     try:
@@ -73,7 +72,7 @@ def _progress(name: str, notebook: NotebookNode):
 
 
 def table(results: list[Result], width: int = 120) -> str:
-    """The closing table: lab, seconds, headline result, pass or FAIL."""
+    """The closing table: lab, seconds, pass or FAIL, headline result."""
     name = max(len(r.name) for r in results)
     room = max(30, width - name - 18)
     lines = [f"{'lab':<{name}}  {'seconds':>7}  {'':<4}  headline result", "-" * min(width, name + 17 + room)]
@@ -87,24 +86,13 @@ def table(results: list[Result], width: int = 120) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 1 if a lab failed, with its traceback printed."""
+    """Run the labs named on the command line; prints tracebacks, and returns 1 if a lab failed."""
     parser = argparse.ArgumentParser(
         prog="spark-ft labs", description="Execute the labs from labs/src, headless."
     )
-    parser.add_argument("names", nargs="*", help="labs to run, as 3.1.1 or by whole name; default: all")
-    parser.add_argument("--labs", type=Path, default=LABS, help="the labs folder, which holds src/")
-    options = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("SPARK_FT_PROFILE", "laptop")
-    try:
-        chosen = sources(options.names, options.labs)
-    except BuildError as error:
-        parser.error(str(error))
-    if not chosen:
-        parser.error(f"no labs in {options.labs / 'src'}")
-
+    _, chosen = chosen_labs(parser, arguments)
     results = []
-    live = sys.stdout.isatty()  # a terminal's line is written over, a log gets one line per lab
+    live = sys.stdout.isatty()  # a terminal's line is overwritten; a log gets new lines
     for number, source in enumerate(chosen, 1):
         label = f"[{number}/{len(chosen)}] {source.stem}"
         print(f"{label} …", end="" if live else "\n", flush=True)

@@ -1,4 +1,4 @@
-"""Tokens shown one by one, the trained ones marked *and* underlined: colour alone would be lost in print and on GitHub."""
+"""Tokens one by one, the trained ones marked *and* underlined: print and GitHub lose the colour."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,7 +7,7 @@ from IPython.display import display
 
 
 def show_tokens(tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> None:
-    """Display a row's tokens, parted by thin bars; those that are trained on are marked, underlined and counted.
+    """Display a row's tokens, separated by dots; trained ones are marked, underlined and counted.
 
     Args:
         ids: token ids (seq,).
