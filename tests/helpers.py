@@ -165,6 +165,18 @@ def token_batch(seed=1, rows=3, length=20, vocab=96):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def then(answer, *changes):
+    """The same answer, its result changed by each function in turn."""
+
+    def changed(*arguments):
+        result = answer(*arguments)
+        for change in changes:
+            result = change(result)
+        return result
+
+    return changed
+
+
 def printed_by(check, answer):
     """What a lab's check prints about an answer; a tuple is several answers."""
     said = io.StringIO()
@@ -233,3 +245,14 @@ def peft_layer(layer):
 def trained_parameters(layer):
     """A, B and DoRA's magnitude."""
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def trained_layer(kind, out=24, inp=16, rank=4, dtype=torch.float32, bias=True, **options):
+    """A LoRALinear or DoRALinear whose B and magnitude are not those of the start any more."""
+    torch.manual_seed(0)
+    layer = kind(torch.nn.Linear(inp, out, bias=bias).to(dtype), rank, **options)
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+        if hasattr(layer, "magnitude"):
+            layer.magnitude.mul_(0.5 + torch.rand(out))
+    return layer
