@@ -2,9 +2,10 @@
 
 import math
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
-from helpers import accepts, printed_by, refuses
+from helpers import accepts, printed_by, refuses, then
 
 from spark_ft import adapters_disabled, sequence_logps
 from spark_ft.adapters import adapted_layers
@@ -37,11 +38,6 @@ def seeded(e, bound):
     return torch.empty_like(e).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
 
 
-def reseeded(e, alpha):
-    torch.manual_seed(0)
-    return noisy(e, alpha)
-
-
 def test_noisy_embeddings():
     halves = shaped(lambda e, b: (2 * torch.rand_like(e) - 1) * b)
     accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves)
@@ -69,14 +65,17 @@ def test_noisy_embeddings():
         ("alpha=0 draws random numbers", lambda e, a: e + uniform(e, bound_of(e, a))),
         ("in place", lambda e, a: e.add_(uniform(e, bound_of(e, a)))),
         ("did not come from torch's own generator", shaped(seeded)),
-        ("two calls gave the same noise|torch's own generator", reseeded),
+        (
+            "two calls gave the same noise|torch's own generator",
+            lambda e, a: torch.manual_seed(0) and noisy(e, a),
+        ),
         ("into torch.float32", shaped(lambda e, b: torch.empty(e.shape).uniform_(-b, b))),
         ("carry no gradient", torch.no_grad()(noisy)),
         ("carry no gradient", lambda e, a: noisy(e.detach(), a)),
         ("there is no noise", lambda e, a: e),
         ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
-        ("should give", lambda e, a: noisy(e, a)[0]),
-        ("is a return missing", lambda e, a: None),
+        ("should give", then(noisy, lambda out: out[0])),
+        ("is a return missing", lambda *_: None),
         ("nan or inf", lambda e, a: e / 0),
     )
 
@@ -85,56 +84,37 @@ def real(e, lengths):
     return torch.arange(e.shape[1]) < lengths[:, None]
 
 
-def own_bound(e, alpha, lengths):
-    return alpha / (lengths * e.shape[-1]).sqrt()
-
-
-def changed(bound=own_bound, mask=real, draw=uniform):
-    """True-length noise with one of its parts changed."""
+def changed(numbers=lambda e, n: n * e.shape[2], mask=real, draw=uniform, kept=lambda e, n: 1, zero=True):
+    """True-length noise with one of its parts changed; its bound is α/√numbers(embeddings, lengths)."""
 
     def answer(e, alpha, lengths):
-        scale = bound(e, alpha, lengths)[:, None, None] * mask(e, lengths)[..., None]
-        return e if alpha == 0 else e + draw(e, 1.0) * scale
+        bound = alpha / (numbers(e, lengths) * torch.ones(len(lengths))).sqrt()[:, None, None]
+        noise = draw(e, 1.0) * bound * mask(e, lengths)[..., None] if alpha or not zero else 0
+        return e * (kept(e, lengths) if alpha else 1) + noise
 
     return answer
 
 
-true_length = changed()
-
-
-def tokens(count):
-    """A bound that takes `count(embeddings, lengths)` for every text's length."""
-    return changed(bound=lambda e, a, n: a / (count(e, n) * e.shape[2] * torch.ones(len(n))).sqrt())
-
-
-def erases_padding(e, alpha, lengths):
-    return e if alpha == 0 else true_length(e, alpha, lengths) * real(e, lengths)[..., None]
-
-
-def draws_at_zero(e, alpha, lengths):
-    return true_length(e, alpha, lengths) if alpha else e + 0 * uniform(e, 1.0)
-
-
 def test_true_length_noise():
-    accepts(checks.check_true_length_noise, true_length, neftune_noise)
+    accepts(checks.check_true_length_noise, changed(), neftune_noise)
     refuses(
         checks.check_true_length_noise,
         ("padding has noise", lambda e, a, lengths: noisy(e, a)),
         ("padding has noise", changed(mask=lambda e, n: torch.ones(e.shape[:2]))),
         ("the first padded position has noise", changed(mask=lambda e, n: real(e, n + 1))),
         ("last token has no noise|there is no noise", changed(mask=lambda e, n: real(e, n - 1))),
-        ("the padded length", tokens(lambda e, n: e.shape[1])),
-        ("the longest text", tokens(lambda e, n: n.max())),
-        ("the mean length", tokens(lambda e, n: n.double().mean())),
-        ("all texts' tokens", tokens(lambda e, n: n.sum())),
-        ("√d is missing", changed(bound=lambda e, a, n: a / n.sqrt())),
-        ("√length is missing", changed(bound=lambda e, a, n: a / math.sqrt(e.shape[2]) * torch.ones(len(n)))),
-        ("square root of the length", changed(bound=lambda e, a, n: a / (n * math.sqrt(e.shape[2])))),
+        ("the padded length", changed(lambda e, n: e.shape[1] * e.shape[2])),
+        ("the longest text", changed(lambda e, n: n.max() * e.shape[2])),
+        ("the mean length", changed(lambda e, n: n.double().mean() * e.shape[2])),
+        ("all texts' tokens", changed(lambda e, n: n.sum() * e.shape[2])),
+        ("√d is missing", changed(lambda e, n: n)),
+        ("√length is missing", changed(lambda e, n: e.shape[2])),
+        ("square root of the length", changed(lambda e, n: n**2 * e.shape[2])),
         ("every text got the same noise", changed(draw=lambda e, b: uniform(e[:1], b))),
-        ("padding's embeddings were erased", erases_padding),
-        ("alpha=0 draws random numbers", draws_at_zero),
+        ("padding's embeddings were erased", changed(kept=lambda e, n: real(e, n)[..., None])),
+        ("alpha=0 draws random numbers", changed(zero=False)),
         ("no noise", lambda e, a, n: e),
-        ("is a return missing", lambda e, a, n: None),
+        ("is a return missing", lambda *_: None),
     )
 
 
@@ -147,24 +127,26 @@ def embedding(model):
 
 
 @contextmanager
-def right(model, alpha, when=trains, give=neftune_noise, where=embedding, careful=True, removed=True):
+def right(
+    model, alpha, when=trains, give=neftune_noise, where=embedding, removed=bool, first=lambda model: 0
+):
     def add_noise(module, _, out):
         return give(out, alpha) if when(module, out) else out
 
+    first(model)
     hooks = [layer.register_forward_hook(add_noise) for layer in where(model)]
-    clean = False
+    end = "an error"
     try:
         yield model
-        clean = True
+        end = "the end"
     finally:
-        for hook in hooks:
-            if removed and (careful or clean):
-                hook.remove()
+        for hook in hooks * removed(end):
+            hook.remove()
 
 
 def manager(**parts):
     """The right answer with one of its parts changed."""
-    return lambda model, alpha: right(model, alpha, **parts)
+    return partial(right, **parts)
 
 
 @contextmanager
@@ -173,42 +155,16 @@ def swallows(model, alpha):
         yield model
 
 
-@contextmanager
-def noisy_weight(model, alpha):
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        weight += 0.01 * torch.randn_like(weight)
-    with right(model, alpha):
-        yield model
-
-
-def weight_in_the_hook(module, out):
-    with torch.no_grad():
-        module.weight += uniform(module.weight, 0.01)
+@torch.no_grad()
+def weight_changed(module, out=None):
+    module.get_parameter("weight").add_(0.01 * torch.randn_like(module.weight))
     return True
 
 
-@contextmanager
-def drawn_once(model, alpha):
-    state = torch.get_rng_state()
-
-    def same(out, alpha):
-        torch.set_rng_state(state)
+def same_noise(out, alpha):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
         return neftune_noise(out, alpha)
-
-    with right(model, alpha, give=same):
-        yield model
-
-
-@contextmanager
-def switches_to_training(model, alpha):
-    model.train()
-    with right(model, alpha):
-        yield model
-
-
-def not_a_manager(model, alpha):
-    yield model
 
 
 @contextmanager
@@ -232,11 +188,14 @@ def test_embedding_noise():
         ("under torch.no_grad", manager(when=lambda module, out: module.training)),
         ("the embedding is frozen", manager(when=lambda module, out: module.training and out.requires_grad)),
         ("no noise in training", manager(when=lambda module, out: not module.training)),
-        ("after an error inside the block .* hook was left on.*finally", manager(careful=False)),
-        ("after the block .* left on", manager(removed=False)),
+        (
+            "after an error inside the block .* hook was left on.*finally",
+            manager(removed=lambda end: end == "the end"),
+        ),
+        ("after the block .* left on", manager(removed=lambda end: False)),
         ("swallowed", swallows),
-        ("weight was changed|there is noise|reaches", noisy_weight),
-        ("weight was changed", manager(when=weight_in_the_hook)),
+        ("weight was changed|there is noise|reaches", manager(first=lambda m: weight_changed(m.embed))),
+        ("weight was changed", manager(when=weight_changed)),
         ("changed in place", manager(give=lambda out, alpha: out.add_(neftune_noise(0 * out, alpha)))),
         ("gets no gradient", manager(give=lambda out, alpha: neftune_noise(out.detach(), alpha))),
         ("but its bound should be", manager(give=lambda out, a: out + a / 20 * torch.randn_like(out))),
@@ -246,9 +205,9 @@ def test_embedding_noise():
         ("no noise in training", manager(where=lambda model: [model.places])),
         ("no noise in training", manager(where=lambda model: [model])),
         ("no noise in training", manager(give=lambda out, alpha: None)),  # the hook forgets to return
-        ("two passes got the same noise", drawn_once),
-        ("switched the model to training", switches_to_training),
-        ("returns generator", not_a_manager),
+        ("two passes got the same noise", manager(give=same_noise)),
+        ("switched the model to training", manager(first=lambda model: model.train())),
+        ("returns generator", lambda model, alpha: (x for x in [model])),
         ("returns NoneType", lambda model, alpha: None),
     )
 
@@ -269,7 +228,8 @@ def reference(model, batch, off=adapters_disabled, which=lambda model: model, ba
             module.train(training)
 
 
-def the_bug(model, batch):
+def the_bug(model, batch, first=lambda embedding: None):
+    first(model.get_input_embeddings())
     with torch.no_grad(), adapters_disabled(model):
         return sequence_logps(model, batch)[0]
 
@@ -293,47 +253,36 @@ def with_gradient(model):
         yield
 
 
-def hook_thrown_away(model, batch):
-    model.get_input_embeddings()._forward_hooks.clear()
-    return the_bug(model, batch)
-
-
-def alpha_zeroed(model, batch):
-    model.get_input_embeddings().neftune_noise_alpha = 0.0
-    return the_bug(model, batch)
-
-
-def seeded_reference(model, batch):
-    torch.manual_seed(0)
-    return the_bug(model, batch)
-
-
-def gradients_off(model, batch):
+def gradients_off(out):
     torch.set_grad_enabled(False)
-    return reference(model, batch)
+    return out
 
 
 def test_reference_logps():
-    def embedding_alone(model, batch):
-        """Only the layer with the noise leaves its training mode: as good if nothing else draws numbers."""
-        return reference(model, batch, which=lambda model: model.get_input_embeddings())
-
+    # As good if nothing else draws numbers: only the layer with the noise leaves its training mode.
+    embedding_alone = partial(reference, which=lambda model: model.get_input_embeddings())
     accepts(checks.check_reference_logps, reference, embedding_alone)
     refuses(
         checks.check_reference_logps,
         ("two calls differ: the noise reaches the reference", the_bug),
-        ("was in training mode, and is not", lambda model, batch: reference(model, batch, back=False)),
-        ("was in eval mode, and is not", lambda model, batch: reference(model, batch, back=True)),
-        ("after an error .* stayed in eval", lambda model, batch: reference(model, batch, careful=False)),
-        ("that is the policy", lambda model, batch: reference(model, batch, adapters_on)),
-        ("carries a gradient", lambda model, batch: reference(model, batch, with_gradient)),
-        ("the adapters stayed off", lambda model, batch: reference(model, batch, adapters_stay_off)),
-        ("the noise is gone from training too", hook_thrown_away),
-        ("the noise is gone from training too", alpha_zeroed),
-        ("off by up to", seeded_reference),
-        ("gradients stayed off", gradients_off),
-        ("shape", lambda model, batch: reference(model, batch).mean()),
-        ("is a return missing", lambda model, batch: None),
+        ("was in training mode, and is not", partial(reference, back=False)),
+        ("was in eval mode, and is not", partial(reference, back=True)),
+        ("after an error .* stayed in eval", partial(reference, careful=False)),
+        ("that is the policy", partial(reference, off=adapters_on)),
+        ("carries a gradient", partial(reference, off=with_gradient)),
+        ("the adapters stayed off", partial(reference, off=adapters_stay_off)),
+        (
+            "the noise is gone from training too",
+            partial(the_bug, first=lambda layer: layer._forward_hooks.clear()),
+        ),
+        (
+            "the noise is gone from training too",
+            partial(the_bug, first=lambda layer: vars(layer).update(neftune_noise_alpha=0)),
+        ),
+        ("off by up to", partial(the_bug, first=lambda layer: torch.manual_seed(0))),
+        ("gradients stayed off", then(reference, gradients_off)),
+        ("shape", then(reference, torch.mean)),
+        ("is a return missing", lambda *_: None),
     )
 
 
