@@ -114,10 +114,6 @@ def changed(**methods):
     return type("Mutant", (Right,), methods)
 
 
-def forward(function):
-    return changed(forward=function)
-
-
 def starting_with(parts):
     """A layer whose A and B are made anew by `parts(A, B)`."""
 
@@ -151,25 +147,28 @@ def test_layer():
         ("only sees an nn.Parameter", PlainTensors),
         ("base.bias, base.weight still trains", changed(freeze=lambda s: None)),
         ("base.bias still trains", changed(freeze=lambda s: s.base.weight.requires_grad_(False))),
-        ("dropout acts on the base", forward(lambda s, x: Right.forward(s, F.dropout(x, s.p)))),
+        ("dropout acts on the base", changed(forward=lambda s, x: Right.forward(s, F.dropout(x, s.p)))),
         ("active in eval mode", changed(drop=lambda s, x: F.dropout(x, s.p))),
         ("does nothing in training", changed(drop=lambda s, x: x)),
         (
             "0[.][45]. of itself",
             changed(drop=lambda s, x: x * (torch.rand_like(x) >= s.p) if s.training else x),
         ),
-        ("on the update's output", forward(lambda s, x: s.base(x) + s.drop(s.low(x)))),
+        ("on the update's output", changed(forward=lambda s, x: s.base(x) + s.drop(s.low(x)))),
         (
             "between A and B",
-            forward(lambda s, x: s.base(x) + s.scaling * s.drop(x @ s.lora_A.T) @ s.lora_B.T),
+            changed(forward=lambda s, x: s.base(x) + s.scaling * s.drop(x @ s.lora_A.T) @ s.lora_B.T),
         ),
-        ("base's output is missing", forward(lambda s, x: s.low(x))),
-        ("the update is missing", forward(lambda s, x: s.base(x))),
-        ("the bias is lost", forward(lambda s, x: x @ (s.base.weight + s.scaling * s.lora_B @ s.lora_A).T)),
-        ("carries no gradient", forward(lambda s, x: s.base(x) + s.low(x).detach())),
+        ("base's output is missing", changed(forward=lambda s, x: s.low(x))),
+        ("the update is missing", changed(forward=lambda s, x: s.base(x))),
+        (
+            "the bias is lost",
+            changed(forward=lambda s, x: x @ (s.base.weight + s.scaling * s.lora_B @ s.lora_A).T),
+        ),
+        ("carries no gradient", changed(forward=lambda s, x: s.base(x) + s.low(x).detach())),
         ("lora_A gets no grad", changed(low=lambda s, x: s.scaling * x @ s.lora_A.detach().T @ s.lora_B.T)),
-        ("off by|PyTorch says", forward(lambda s, x: s.base(x) + x @ s.lora_A @ s.lora_B)),
-        ("off by|PyTorch says", forward(lambda s, x: s.base(x) + x @ s.lora_B @ s.lora_A)),
+        ("off by|PyTorch says", changed(forward=lambda s, x: s.base(x) + x @ s.lora_A @ s.lora_B)),
+        ("off by|PyTorch says", changed(forward=lambda s, x: s.base(x) + x @ s.lora_B @ s.lora_A)),
     )
 
 

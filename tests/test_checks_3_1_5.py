@@ -1,15 +1,13 @@
 """Every check of lab 3.1.5 passes the right answer and names each wrong one that people really give."""
 
+from functools import partial
+
 import pytest
 import torch
-from helpers import accepts, printed_by, refuses
+from helpers import accepts, printed_by, refuses, then
 
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.methods.nf4 import quantize_nf4
-
-
-def absmax_of(blocks):
-    return blocks.abs().amax(1)
 
 
 def nearest(scaled, code):
@@ -20,7 +18,9 @@ def by_row(numbers, scales):
     return numbers / scales[:, None]
 
 
-def quantizer(scale=absmax_of, codes=nearest, blocks=lambda w, size: w.reshape(-1, size), divide=by_row):
+def quantizer(
+    scale=lambda b: b.abs().amax(1), codes=nearest, blocks=lambda w, size: w.reshape(-1, size), divide=by_row
+):
     """A quantizer with one of its parts changed."""
 
     def quantize(weight, code, block_size):
@@ -40,16 +40,6 @@ def with_midpoints(weight, code, block_size):
     return torch.bucketize(blocks * (1 / scales)[:, None], (code[1:] + code[:-1]) / 2).to(torch.uint8), scales
 
 
-def with_codes(change):
-    """The right quantizer, its codes changed at last."""
-    return lambda *a: (change(quantize(*a)[0], *a), quantize(*a)[1])
-
-
-def kept_second_axis(weight, code, size):
-    codes, scales = quantize(weight, code, size)
-    return codes, scales[:, None]
-
-
 def test_quantize():
     accepts(checks.check_quantize, quantize, with_midpoints)
     refuses(
@@ -60,7 +50,7 @@ def test_quantize():
         ("standard deviation", quantizer(scale=lambda b: b.std(1))),
         ("from smallest to largest", quantizer(scale=lambda b: b.amax(1) - b.amin(1))),
         ("blocks run down the columns", quantizer(blocks=lambda w, size: w.T.reshape(-1, size))),
-        ("one number per block is enough", kept_second_axis),
+        ("one number per block is enough", then(quantize, lambda pair: (pair[0], pair[1][:, None]))),
         ("not divided by their block's absmax", quantizer(divide=lambda b, s: b)),
         ("whole weight's largest magnitude", quantizer(divide=lambda b, s: b / s.max())),
         ("are not the nearest level's", quantizer(divide=lambda b, s: b * s[:, None])),
@@ -68,34 +58,35 @@ def test_quantize():
         ("the level above", quantizer(codes=lambda x, code: (x[..., None] > code).sum(-1) % len(code))),
         ("equally spaced levels", quantizer(codes=lambda x, code: ((x + 1) * (len(code) - 1) / 2).round())),
         ("counted from the top", quantizer(codes=lambda x, code: len(code) - 1 - nearest(x, code))),
-        ("make them bytes", with_codes(lambda codes, *_: codes.long())),
-        ("make them bytes", with_codes(lambda codes, weight, code, size: code[codes.long()])),
-        ("a row per block", with_codes(lambda codes, *_: codes.flatten())),
-        ("count from 0", with_codes(lambda codes, *_: codes + 1)),
-        ("two tensors", lambda weight, code, size: quantize(weight, code, size)[0]),
-        ("two tensors", lambda weight, code, size: None),
+        ("make them bytes", then(quantize, lambda pair: (pair[0].float(), pair[1]))),
+        ("a row per block", then(quantize, lambda pair: (pair[0].flatten(), pair[1]))),
+        ("count from 0", then(quantize, lambda pair: (pair[0] + 1, pair[1]))),
+        ("two tensors", then(quantize, lambda pair: pair[0])),
+        ("two tensors", lambda *_: None),
         ("PyTorch says", lambda weight, code, size: quantize(weight.view(size, -1, 3), code, size)),
     )
 
 
-def pack(codes):
-    return codes[::2] << 4 | codes[1::2]
+def pack(codes, first=0, second=1):
+    return codes[first::2] << 4 | codes[second::2]
 
 
 def unpack(packed):
     return torch.stack([packed >> 4, packed & 15], 1).flatten()
 
 
-def pack_backwards(codes):
-    return codes[1::2] << 4 | codes[::2]
-
-
 def pack_by_sums(codes):
     return (codes.view(-1, 2) * torch.tensor([16, 1], dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
+def unpack_by_division(packed):
+    return torch.stack([packed // 16, packed % 16], -1).view(-1)
+
+
+pack_backwards = partial(pack, first=1, second=0)
+
+
 def test_packing():
-    unpack_by_division = lambda packed: torch.stack([packed // 16, packed % 16], -1).view(-1)  # noqa: E731
     accepts(checks.check_packing, (pack, unpack), (pack_by_sums, unpack_by_division))
     refuses(
         checks.check_packing,
@@ -108,7 +99,7 @@ def test_packing():
         ("the first code is lost", lambda codes: codes[1::2]),
         ("a byte is torch.uint8", lambda codes: codes[::2].int() * 16 + codes[1::2]),
         ("two codes share a byte", lambda codes: codes),
-        ("two codes share a byte", lambda codes: pack(codes).view(-1, 1)),
+        ("two codes share a byte", then(pack, lambda packed: packed.view(-1, 1))),
         ("is a return missing", lambda codes: None),
         ("PyTorch says", lambda codes: codes.view(-1, 3)),
         answers=lambda pack: (pack, unpack),
@@ -122,7 +113,7 @@ def test_packing():
         ("masked but not shifted", lambda packed: torch.stack([packed & 240, packed & 15], 1).flatten()),
         ("flatten it", lambda packed: torch.stack([packed >> 4, packed & 15], 1)),
         ("each byte holds two codes", lambda packed: packed >> 4),
-        ("codes are torch.uint8", lambda packed: unpack(packed).int()),
+        ("codes are torch.uint8", then(unpack, torch.Tensor.int)),
         ("is a return missing", lambda packed: None),
         answers=lambda unpack: (pack, unpack),
     )
@@ -147,7 +138,7 @@ def test_dequantize():
         ("scales run across the columns", dequantizer(scaled=lambda levels, absmax: levels * absmax)),
         ("first one's scale", dequantizer(scaled=lambda levels, absmax: levels * absmax[0])),
         ("equally spaced levels", dequantizer(levels=lambda codes, code: codes * 2 / (len(code) - 1) - 1)),
-        ("transposed", lambda *a: dequantize(*a).T),
+        ("transposed", then(dequantize, torch.t)),
         ("has shape", lambda codes, absmax, code, shape: code[codes.long()] * absmax[:, None]),
         ("PyTorch says", dequantizer(levels=lambda codes, code: code[codes])),
         ("is a return missing", lambda codes, absmax, code, shape: None),
@@ -177,10 +168,10 @@ def test_bits():
         ("a scale takes 32 bits", lambda block, group: 4 + 8 / block),
         ("block_size of them share", lambda block, group: 36),
         ("scales are in fp32", lambda block, group: 4 + 16 / block),
-        ("bytes, not bits", lambda block, group: bits(block, group) / 8),
-        ("but should be 4.500000", lambda block, group: bits(block, group) + 0.01),
+        ("bytes, not bits", then(bits, lambda number: number / 8)),
+        ("but should be 4.500000", then(bits, lambda number: number + 0.01)),
         ("returned None", lambda block, group: None),
-        ("returned str", lambda block, group: f"{bits(block, group)}"),
+        ("returned str", then(bits, str)),
     )
 
 
@@ -201,8 +192,7 @@ def terms(shape, rank, length, **changed):
     }
 
 
-def changed(**ingredients):
-    return lambda shape, rank, length: terms(shape, rank, length, **ingredients)
+changed = partial(partial, terms)
 
 
 def keeping(term, value):
@@ -262,8 +252,8 @@ def test_terms():
         ("but should be", keeping("checkpoints", lambda s, r, n: 1.01 * terms(s, r, n)["checkpoints"])),
         ("should be a number of bytes", keeping("notes", lambda s, r, n: None)),
         ("should return a dict with the keys linear layers, .*, not NoneType", lambda s, r, n: None),
-        ("not float", lambda s, r, n: sum(terms(s, r, n).values())),
-        ("it has notes", lambda s, r, n: {"notes": 1}),
+        ("not float", then(terms, lambda given: sum(given.values()))),
+        ("it has notes", lambda *_: {"notes": 1}),
     )
 
 
@@ -271,7 +261,7 @@ def test_parity():
     right = (quantize, pack, dequantize)
     assert "100.00% of your bytes and 100% of your scales" in printed_by(checks.check_parity, right)
     one_scale = quantizer(scale=lambda b: b.abs().max().expand(len(b)))
-    wrong_scales = lambda *a: (quantize(*a)[0], quantize(*a)[1] + 1)  # noqa: E731
+    wrong_scales = then(quantize, lambda pair: (pair[0], pair[1] + 1))
     refuses(
         checks.check_parity,
         ("of your bytes are", (quantize, pack_backwards, dequantize)),
