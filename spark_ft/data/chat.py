@@ -133,22 +133,18 @@ def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) 
     if chat.tools and _apply(tokenizer, before, None, prompting=True) == prompt:
         raise ValueError(f'the chat template leaves "tools" out; {_OTHER}, or take the field out')
     for i, turn in enumerate(before):
-        # not there to the letter: is it spelled as JSON, is its reasoning dropped on purpose, or is it left
-        # out?
-        others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
-        if (
-            turn["content"].strip() in prompt
-            or _apply(tokenizer, others, chat.tools, prompting=True) != prompt
-        ):
-            continue
-        raise ValueError(f"{chat.names[i]}: the chat template leaves it out; {_OTHER}, or take it out")
+        if turn["content"].strip() not in prompt:  # is it left out, or written otherwise?
+            others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
+            if _apply(tokenizer, others, chat.tools, prompting=True) == prompt:
+                raise ValueError(f"{chat.names[i]}: the chat template leaves it out; {_OTHER} or take it out")
     if not whole.startswith(prompt):
         raise ValueError(f"the chat template writes the prompt otherwise when an answer follows; {_OTHER}")
+    pieces = [piece.strip() for piece in _TAG.split(chat.turns[-1]["content"]) if piece.strip()]
     place = len(prompt)
-    for piece in filter(None, map(str.strip, _TAG.split(chat.turns[-1]["content"]))):
+    for piece in pieces[prompt.rstrip().endswith(pieces[0]) :]:  # a prompt may open the answer, with <think>
         if (place := whole.find(piece, place)) < 0:
-            fault = f"the chat template leaves {piece[:40]!r} out"
-            raise ValueError(f"{chat.names[-1]}: {fault}; {_OTHER}, or take it out")
+            fault = f"{chat.names[-1]}: the chat template leaves {piece[:40]!r} out"
+            raise ValueError(f"{fault}; {_OTHER}, or take it out")
         place += len(piece)
 
 

@@ -156,7 +156,7 @@ def read_records(path: str | Path, kind: str) -> list[Record]:
 
 
 def check_records(records: Iterable[Record], kind: str) -> list[Record]:
-    """Rows from memory or a `datasets.Dataset` as a list, checked as by `iter_records`; the first is row 0."""
+    """Rows from memory or a `datasets.Dataset` as a list, checked as by `iter_records`; counted from 0."""
     _known(kind)
     checked = []
     for index, record in enumerate(records):
