@@ -210,13 +210,28 @@ def refuses(check, *rows, times=1, answers=lambda wrong: wrong):
     assert not missed, "\n".join(missed)
 
 
+def complains(*rows):
+    """Require that each call raises a ValueError with all of the parts in its text, and list all rows where not.
+
+    rows: (function, its arguments as a tuple, part, part, …).
+    """
+    missed = []
+    for function, arguments, *parts in rows:
+        try:
+            said = f"no error, but {function(*arguments)!r}"[:300]
+        except Exception as error:
+            said = str(error) if isinstance(error, ValueError) else repr(error)
+        missed += [f"expected “{part}”, but: {said}" for part in parts if part not in said]
+    assert not missed, "\n".join(missed)
+
+
 def relative(ours, theirs) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def outcome(layer, x, parameters, seed=11):
-    """A layer's output and the gradients of x and the parameters; the loss weighs every output differently."""
+    """A layer's output and the gradients of x and the parameters; its loss weighs each output differently."""
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)  # the same dropout mask in every call
     y = layer(x)
