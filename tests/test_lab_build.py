@@ -80,7 +80,8 @@ def test_read_source_is_deterministic_with_unique_stable_ids(lab):
 
 def test_read_source_completes_nbgrader_fields(lab):
     assert read_source(lab).cells[2].metadata["nbgrader"] == {
-        "grade_id": "double", "grade": False, "solution": True, "locked": False, "task": False, "schema_version": 3,
+        "grade_id": "double", "grade": False, "solution": True, "locked": False, "task": False,
+        "schema_version": 3,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -11,15 +12,17 @@ import spark_ft
 from spark_ft.files import ROOT
 
 PACKAGE = ROOT / "spark_ft"
-TREES = {
-    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text())
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
-# Each layer may import its own modules and those below it; data/ and methods/ stand side by side.
-LAYERS = {"lab": 4, "cli": 4, "shapes": 4, "bench": 3, "data": 1, "methods": 1}
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+# Each layer may import itself and the layers below it; data/ and methods/ stand side by side.
+LAYERS = {"lab": 4, "cli": 4, "bench": 3, "data": 1, "methods": 1}
 GROUND = {"files", "lazy", "stats", "version"}
 MODULES = 2  # every other file and folder of the package
 PEERS = {"bench/peers.py", "lab/parity.py"}
+PICKLES = {"pickle", "dill", "joblib", "shelve", "cloudpickle"}
+
+
+def called(node):
+    return ast.unparse(node.func)
 
 
 def imported(tree):
@@ -36,29 +39,25 @@ def imported(tree):
     return names
 
 
-def called(node):
-    return ast.unparse(node.func)
-
-
-def every_import():
-    return [(name, other) for name, tree in TREES.items() for other in sorted(imported(tree))]
-
-
-def part(dotted):
-    """The folder or file directly in spark_ft: "spark_ft.data.chat.render" → "data"."""
-    return dotted.removesuffix(".py").replace("/", ".").removeprefix("spark_ft.").split(".")[0]
-
-
-def level(name):
-    return 0 if name in GROUND else LAYERS.get(name, MODULES)
-
-
-def lines(*paths):
-    return sum(len(path.read_text().splitlines()) for path in paths)
+def no_imports(wrong):
+    """Fail with every import for which wrong(file, full dotted name) is true."""
+    found = [(name, other) for name, tree in TREES.items() for other in sorted(imported(tree))]
+    none(f"{name} imports {other}" for name, other in found if wrong(name, other))
 
 
 def none(offenders):
-    assert not offenders, "\n".join(offenders)
+    lines = "\n".join(offenders)
+    assert not lines, lines
+
+
+def layer(dotted):
+    """The folder or file directly in spark_ft, and its layer: "spark_ft.data.chat.render" → ("data", 1)."""
+    name = dotted.removesuffix(".py").replace("/", ".").removeprefix("spark_ft.").split(".")[0]
+    return name, 0 if name in GROUND else LAYERS.get(name, MODULES)
+
+
+def length(*paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)
 
 
 def test_the_reader_of_imports_sees_all_kinds():
@@ -68,76 +67,55 @@ def test_the_reader_of_imports_sees_all_kinds():
 
 def test_arrows_run_one_way():
     """lab and cli → bench → modules → data and methods → files, stats, lazy; nothing imports upwards."""
-    up = []
-    for name, other in every_import():
-        if other.startswith("spark_ft.") and name != "__init__.py":
-            mine, theirs = part(name), part(other)
-            beside = mine == theirs or level(mine) == level(theirs) in (MODULES, LAYERS["lab"])
-            if level(mine) <= level(theirs) and not beside:
-                up.append(f"{name} imports {other}")
-    none(up)
 
+    def up(name, other):
+        (mine, from_layer), (theirs, to_layer) = layer(name), layer(other)
+        beside = mine == theirs or from_layer == to_layer in (MODULES, LAYERS["lab"])
+        ours = other.startswith("spark_ft.") and name != "__init__.py"
+        return other.startswith(".") or (ours and from_layer <= to_layer and not beside)
 
-def test_imports_are_written_in_full():
-    none([f"{name} imports {other}" for name, other in every_import() if other.startswith(".")])
+    no_imports(up)
 
 
 def test_methods_import_torch_jaxtyping_the_standard_library_and_their_siblings_alone():
     allowed = {"torch", "jaxtyping", *sys.stdlib_module_names}
-    none(
-        [
-            f"{name} imports {other}"
-            for name, other in every_import()
-            if name.startswith("methods/")
-            and other.split(".")[0] not in allowed
-            and not other.startswith("spark_ft.methods.")
-        ]
+    sibling = "spark_ft.methods."
+    no_imports(
+        lambda name, other: (
+            name.startswith("methods/") and not (other.split(".")[0] in allowed or other.startswith(sibling))
+        )
     )
 
 
 def test_peft_trl_and_bitsandbytes_are_imported_by_the_peers_and_parity_alone():
-    none(
-        [
-            f"{name} imports {other}"
-            for name, other in every_import()
-            if other.split(".")[0] in ("peft", "trl", "bitsandbytes") and name not in PEERS
-        ]
-    )
+    theirs = {"peft", "trl", "bitsandbytes"}
+    no_imports(lambda name, other: other.split(".")[0] in theirs and name not in PEERS)
 
 
 def test_nothing_reads_pickles_or_trusts_remote_code():
-    wrong = [
-        f"{name} imports {other}"
-        for name, other in every_import()
-        if other.split(".")[0] in ("pickle", "dill", "joblib", "shelve", "cloudpickle")
-    ]
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                if called(node) in ("torch.load", "torch.save", "numpy.load", "np.load"):
-                    wrong.append(f"{name}:{node.lineno} calls {called(node)}")
-                if "trust_remote_code" in [keyword.arg for keyword in node.keywords]:
-                    wrong.append(f"{name}:{node.lineno} mentions trust_remote_code")
-    none(wrong)
+    no_imports(lambda name, other: other.split(".")[0] in PICKLES)
+    calls = [(name, n) for name, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    unsafe = {"torch.load", "torch.save", "numpy.load", "np.load"}
+    none(f"{name}:{node.lineno} calls {called(node)}" for name, node in calls if called(node) in unsafe)
+    trusts = [(name, n) for name, n in calls if "trust_remote_code" in [k.arg for k in n.keywords]]
+    none(f"{name}:{node.lineno} mentions trust_remote_code" for name, node in trusts)
 
 
 def test_every_file_is_read_in_one_sitting():
-    package = [PACKAGE / name for name in TREES if not name.startswith(("lab/", "bench/"))]
-    found = {
-        # 900 once the preference losses are there
-        "methods/ is over 780 lines": lines(*(PACKAGE / "methods").glob("*.py")) - 780,
-        "methods/lora.py is over 125 lines": lines(PACKAGE / "methods/lora.py") - 125,
-        "methods/dora.py is over 140 lines": lines(PACKAGE / "methods/dora.py") - 140,
-        "the package without lab/ and bench/ is over 5,200 lines": lines(*package) - 5200,
-        "tests/ is over 9,500 lines": lines(*(ROOT / "tests").glob("*.py")) - 9500,
+    outside = [PACKAGE / name for name in TREES if not name.startswith(("lab/", "bench/"))]
+    limits = {
+        "methods/": (length(*PACKAGE.glob("methods/*.py")), 780),  # 900 with the preference losses
+        "methods/lora.py": (length(PACKAGE / "methods/lora.py"), 125),
+        "methods/dora.py": (length(PACKAGE / "methods/dora.py"), 140),
+        "the package without lab/ and bench/": (length(*outside), 5200),
+        "tests/": (length(*ROOT.glob("tests/*.py")), 9500),
     }
-    for module, layer in (("lora", "LoRALinear"), ("dora", "DoRALinear")):
-        body = next(n.body for n in TREES[f"methods/{module}.py"].body if getattr(n, "name", "") == layer)
-        for node in body:
-            if getattr(node, "name", "") == "forward":
-                found[f"{layer}.forward is over 16 lines"] = node.end_lineno - node.lineno + 1 - 16
-        found[f"{layer} has no forward of its own"] = f"{layer}.forward is over 16 lines" not in found
-    none([f"{promise}, by {over}" for promise, over in found.items() if over > 0])
+    for module, name in (("lora", "LoRALinear"), ("dora", "DoRALinear")):
+        body = next(n.body for n in TREES[f"methods/{module}.py"].body if getattr(n, "name", "") == name)
+        forward = [n for n in body if getattr(n, "name", "") == "forward"]
+        lines = forward[0].end_lineno - forward[0].lineno + 1 if forward else float("inf")
+        limits[f"{name}.forward"] = (lines, 16)
+    none(f"{what}: {lines} lines, more than {most}" for what, (lines, most) in limits.items() if lines > most)
 
 
 def test_every_public_name_says_what_it_is_and_names_its_arguments():
@@ -145,14 +123,13 @@ def test_every_public_name_says_what_it_is_and_names_its_arguments():
     for name in set(spark_ft.__all__) - {"__version__", "NF4_CODE"}:
         thing = getattr(spark_ft, name)
         doc = inspect.getdoc(thing) or ""
-        if not doc or doc.startswith(f"{name}("):  # the latter is what dataclass writes
+        if not doc or doc.startswith(f"{name}("):  # which is what dataclass writes
             wrong.append(f"{name} has no docstring of its own")
         if not thing.__module__.startswith("spark_ft."):
             wrong.append(f"{name} comes from {thing.__module__}")
-        if inspect.isfunction(thing):
-            kinds = {parameter.kind for parameter in inspect.signature(thing).parameters.values()}
-            if inspect.Parameter.VAR_KEYWORD in kinds:
-                wrong.append(f"{name} takes **options")
+        parameters = inspect.signature(thing).parameters.values() if inspect.isfunction(thing) else []
+        if inspect.Parameter.VAR_KEYWORD in {parameter.kind for parameter in parameters}:
+            wrong.append(f"{name} takes **options")
     none(wrong)
     assert spark_ft.NF4_CODE.shape == (16,)
 
@@ -160,14 +137,9 @@ def test_every_public_name_says_what_it_is_and_names_its_arguments():
 def test_modules_and_their_public_functions_and_classes_have_docstrings():
     wrong = [name for name, tree in TREES.items() if len(tree.body) > 1 and not ast.get_docstring(tree)]
     for name, tree in TREES.items():
-        if not name.startswith("lab/"):
-            wrong += [
-                f"{name}: {node.name}"
-                for node in tree.body
-                if isinstance(node, ast.FunctionDef | ast.ClassDef)
-                and not node.name.startswith("_")
-                and not ast.get_docstring(node)
-            ]
+        defined = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        public = [n for n in defined if not n.name.startswith("_") and not name.startswith("lab/")]
+        wrong += [f"{name}: {node.name}" for node in public if not ast.get_docstring(node)]
     none(wrong)
 
 
@@ -177,24 +149,18 @@ def test_unknown_names_are_an_attribute_error():
     assert set(spark_ft.__all__) <= set(dir(spark_ft))
 
 
-@pytest.mark.parametrize(
-    ("modules", "heavy"),
-    [
+def test_importing_the_package_or_its_methods_imports_nothing_heavy():
+    methods = [f"spark_ft.methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py")]
+    for modules, heavy in (
         (["spark_ft", "spark_ft.data"], ("torch", "transformers", "numpy", "peft", "trl")),
-        (
-            [f"spark_ft.methods.{path.stem}" for path in (PACKAGE / "methods").glob("[!_]*.py")],
-            ("transformers", "peft", "trl", "accelerate"),
-        ),
-    ],
-    ids=["the package", "methods"],
-)
-def test_importing_imports_nothing_heavy(modules, heavy):
-    code = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == "[]"
+        (methods, ("transformers", "peft", "trl", "accelerate")),
+    ):
+        code = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert run.stdout.strip() == "[]"
 
 
 def test_the_version_is_one_and_the_package_metadata_reads_it():
-    from importlib.metadata import version
-
     assert spark_ft.__version__ == version("spark-ft")
