@@ -1,8 +1,11 @@
-"""Put adapters onto a transformers model, merge them, and read and write them in PEFT's own on-disk format."""
+"""Put adapters onto a transformers model, merge them, read and write them in PEFT's own format on disk."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +13,41 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from spark_ft.experts import NF4Experts
 from spark_ft.files import write_atomically
 from spark_ft.methods.dora import DoRALinear
-from spark_ft.methods.lora import LoRALinear
-from spark_ft.methods.nf4 import NF4Linear
+from spark_ft.methods.lora import LoRALinear, refusal
+from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear}
-LINEAR = (nn.Linear, NF4Linear, LoRALinear)
 ALL_LINEAR = "all-linear"
+OUT_OF_REACH = 0.05  # share of the weights that "all-linear" may leave out, embeddings and head aside
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."  # PEFT's name for "the model that I wrap"
+_KEY = re.compile(  # the adapter's own name may stand in a key, as in q_proj.lora_A.default.weight
+    r"(.+)\.(lora_(?:A|B|magnitude_vector|embedding_[AB]))(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+)
+# Values of adapter_config.json that leave nothing to know but the tensors; other fields must be empty.
+_HARMLESS = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_rslora": (True, False, None),
+    "use_dora": (True, False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # W is left alone
+}
+_EMPTY = (None, False, "", [], {})
+# Sizes, names, layers asked for, Conv1D's layout, and settings of what another field switches on.
+_FREE = """r lora_alpha lora_dropout task_type auto_mapping peft_version base_model_name_or_path revision
+    inference_mode runtime_config target_modules exclude_modules layers_to_transform layers_pattern
+    fan_in_fan_out megatron_core qalora_group_size loftq_config eva_config corda_config
+    lora_ga_config""".split()  # noqa: SIM905
+_MERGED = "merge the adapter in PEFT (merge_and_unload) and load the model that this gives"
 
 
 @dataclass(frozen=True)
@@ -30,8 +57,8 @@ class AdapterConfig:
     Args:
         method: "lora" or "dora".
         rank, alpha, dropout, rslora: see `LoRALinear`.
-        targets: "all-linear" (every linear layer but the output head), or names: a whole path, or its end after a dot,
-            as in ("q_proj", "v_proj").
+        targets: "all-linear" (every linear layer but the output head), or names: whole paths, or their ends
+            after a dot, as in ("q_proj", "v_proj").
     """
 
     method: str = "lora"
@@ -42,10 +69,14 @@ class AdapterConfig:
     rslora: bool = False
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f'method="{self.method}" is unknown; choose one of {", ".join(METHODS)}')
-        if not self.targets:
-            raise ValueError(f'targets is empty; use "{ALL_LINEAR}" or names such as ("q_proj", "v_proj")')
+        rank, alpha, dropout, known = self.rank, self.alpha, self.dropout, ", ".join(METHODS)
+        _require(self.method in METHODS, f'method="{self.method}" is unknown; choose one of {known}')
+        _require(self.targets, f'targets is empty; use "{ALL_LINEAR}" or names such as ("q_proj", "v_proj")')
+        _require(isinstance(rank, int) and rank > 0, f"rank={rank!r} is not a whole number above 0")
+        right = isinstance(alpha, int | float) and math.isfinite(alpha)
+        _require(right, f"alpha={alpha!r} is not a number")
+        right = isinstance(dropout, int | float) and 0 <= dropout < 1
+        _require(right, f"dropout={dropout!r} is not a probability below 1")
         if self.targets != ALL_LINEAR:
             names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
             object.__setattr__(self, "targets", names)
@@ -54,32 +85,28 @@ class AdapterConfig:
 def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
     """Freeze the model and replace every target layer by an adapted one, in place; only the adapters train.
 
+    A transformers model runs once on four tokens: that shows whether it calls each target as a layer.
+
     Returns:
-        the same model.
+        the same model, with its `adapter_config`.
 
     Raises:
-        ValueError: the model has adapters already, a target matches no linear layer, or the rank fits one of them not.
+        ValueError: the model has adapters already, a target matches no linear layer, or the rank is too
+            large; a layer's class is not known to hold a plain weight, the weight is shared, or the model
+            takes it and does not call the layer; "all-linear" leaves out more than 5% of the weights.
             The model is then unchanged.
     """
-    if adapted_layers(model):
-        raise ValueError(
-            "the model has adapters already; merge them first (merge_adapters), or load the model anew"
-        )
-    names = _target_names(model, config.targets)
-    for name in names:
-        layer = model.get_submodule(name)
-        if config.rank > min(layer.in_features, layer.out_features):
-            raise ValueError(
-                f"rank={config.rank} is larger than {name} ({layer.out_features}×{layer.in_features}); "
-                f"choose at most {min(layer.in_features, layer.out_features)}"
-            )
-    bases = {name: model.get_submodule(name) for name in names}
+    again = "merge them first (merge_adapters), or load the model again"
+    _require(not adapted_layers(model), f"the model has adapters already; {again}")
+    return _adapt(model, _targets(model, config.targets), config)
+
+
+def _adapt(model: nn.Module, bases: dict[str, nn.Module], config: AdapterConfig) -> nn.Module:
+    _check_layers(model, bases, config)
     adapt, options = METHODS[config.method], (config.rank, config.alpha, config.dropout, config.rslora)
-    layers = {
-        name: adapt(base, *options).train(base.training) for name, base in bases.items()
-    }  # raises before any change
+    layers = {name: adapt(base, *options).train(base.training) for name, base in bases.items()}
     model.requires_grad_(False)
-    for name, layer in layers.items():
+    for name, layer in layers.items():  # nothing raises from here on
         model.set_submodule(name, layer)
     model.adapter_config = config
     return model
@@ -92,7 +119,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model computes what it computed before it was adapted: the reference model, for free."""
+    """Inside the block the model computes what it did before it was adapted: a reference model, for free."""
     layers = _require_adapters(model).values()
     before = [layer.enabled for layer in layers]
     try:
@@ -105,226 +132,305 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add every update into its base weight and take the adapters off: a plain transformers model, no slower than before.
+    """Add every update into its base weight and take the adapters off: a plain model, as fast as before.
 
-    A model in 4 bits becomes one in bf16, all of it, at 2 bytes a weight: nothing is put into 4 bits again.
+    A model in 4 bits becomes one in bf16, all of it: in 4 bits again, the sum would lose what was learned.
 
     Returns:
         the same model. Its parameters stay frozen.
 
     Raises:
-        ValueError: no adapters, or an adapted weight is also another module's, which must not change with it.
+        ValueError: no adapters, or an adapted head is also the embedding, which must not change with it.
     """
-    layers = _require_adapters(model)
-    quantized = any(isinstance(module, NF4Linear) for module in model.modules())
-    elsewhere = {
-        p: name
-        for name, m in model.named_modules()
-        if not hasattr(m, "in_features")
-        for p in m.parameters(False)
-    }
+    layers, owners = _require_adapters(model), _owners(model)
     for name, layer in layers.items():
-        if other := elsewhere.get(layer.base.weight):
-            raise ValueError(
-                f"{name} shares its weight with {other}, which a merge would change too; keep the adapters on, "
-                "or load the model with tie_word_embeddings=False"
-            )
+        other = next(iter(owners[id(layer.base.weight)]), "")
+        mend = "keep the adapters on, or load the model with tie_word_embeddings=False"
+        _require(not other, f"{name} shares its weight with {other}, which a merge would change too; {mend}")
+    in_4_bits = any(isinstance(module, NF4Tensor) for module in model.modules())
     for name, layer in layers.items():
+        if isinstance(layer.base, NF4Linear):
+            layer.base = layer.base.to_linear(torch.float32)
         layer.merge()
-        model.set_submodule(name, layer.base)
-    del model.adapter_config
-    return _dequantized(model) if quantized else model
-
-
-def _dequantized(model: nn.Module) -> nn.Module:
-    """All of it in bf16: the layers that no adapter was on, and what never was in 4 bits."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, NF4Linear):
-            model.set_submodule(name, layer.to_linear(torch.bfloat16))
-    return model.to(torch.bfloat16)
+        model.set_submodule(name, layer.base.to(torch.bfloat16) if in_4_bits else layer.base)
+    if in_4_bits:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                model.set_submodule(name, module.to_linear(torch.bfloat16))
+            elif isinstance(module, NF4Experts):
+                module.dequantize_(torch.bfloat16)
+        model.to(torch.bfloat16)
+    vars(model).pop("adapter_config", None)
+    return model
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike) -> Path:
-    """Write the adapters as PEFT does: `adapter_model.safetensors` and `adapter_config.json`; PEFT can load them.
+    """Write `adapter_model.safetensors` and `adapter_config.json` for PEFT and us, each by one rename.
 
-    Each file is put in place whole, by a rename.
+    `target_modules` holds short names if these match the adapted layers and no other module, else whole
+    paths, else an expression that matches just these paths.
+
+    Raises:
+        ValueError: the model has no adapters, or add_adapters did not put them on.
     """
-    layers = _require_adapters(model)
-    config: AdapterConfig = model.adapter_config
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ends = {name.rsplit(".", 1)[-1] for name in layers}
-    exact = set(_target_names(model, tuple(ends))) == set(layers)
+    layers, config, folder = _require_adapters(model), getattr(model, "adapter_config", None), Path(folder)
+    _require(config, "the model has no adapter_config; put the adapters on with add_adapters")
     tensors = {
         f"{_PREFIX}{name}.{key}": tensor.detach().contiguous().cpu()
         for name, layer in layers.items()
         for key, tensor in _adapter_tensors(layer).items()
     }
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.method == "dora",
-        "target_modules": sorted(ends if exact else layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    write_atomically(
-        folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"})
-    )
-    write_atomically(
-        folder / "adapter_config.json", lambda path: path.write_text(json.dumps(fields, indent=2) + "\n")
-    )
+    for targets in (_ends(layers), sorted(layers), "|".join(map(re.escape, sorted(layers)))):
+        if {name for name in _modules(model) if _matches(name, targets)} == set(layers):
+            break  # PEFT matches a list against modules of every class, and a string as an expression
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+    fields = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base}
+    fields |= {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    fields |= {"use_rslora": config.rslora, "use_dora": config.method == "dora", "target_modules": targets}
+    fields |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _FILES[1], lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(folder / _FILES[0], lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
     return folder
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Load adapters that `save_adapters` or PEFT wrote, onto a plain model or over adapters of the same shape.
+    """Load what `save_adapters` or PEFT wrote, onto a plain model or over adapters of the same shape.
 
-    Everything is checked before the model is touched.
+    Everything is checked before the model is touched. A weight of the base that PEFT saved too, as it does
+    beside an adapted head, must equal the model's own.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the adapter is of a kind that is not supported here, or belongs to another model.
+        ValueError: a file is damaged, holds a field, a value or a tensor that is not supported here, or
+            belongs to another model; or `add_adapters` refuses a layer.
     """
-    folder = Path(folder)
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (config_file, weights_file):
+    config_file, file = (Path(folder) / name for name in _FILES)
+    for path in (config_file, file):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; an adapter folder holds {config_file.name} and {weights_file.name}"
-            )
+            raise FileNotFoundError(f"{path}: no such file; an adapter folder holds {' and '.join(_FILES)}")
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file}: not valid JSON ({error}); save the adapter again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{config_file}: not a JSON object; save the adapter again")
+    _require(isinstance(fields, dict), f"{config_file}: not a JSON object; save the adapter again")
     try:
-        tensors = load_file(weights_file)
+        tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{weights_file}: damaged ({error}); save or download the adapter again") from error
-    _refuse_unsupported(fields, config_file)
-
-    by_layer: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        by_layer.setdefault(name, {})[part] = tensor
-    if not by_layer:
-        raise ValueError(f"{weights_file}: holds no adapter; save it again")
-    config = AdapterConfig(
-        method="dora" if fields.get("use_dora") else "lora",
-        rank=fields["r"],
-        alpha=fields["lora_alpha"],
-        dropout=fields.get("lora_dropout", 0.0),
-        targets=tuple(sorted(by_layer)),
-        rslora=fields.get("use_rslora", False),
-    )
-    existing = adapted_layers(model)
-    _check_fit(model, existing, by_layer, config, weights_file)
-    if not existing:
-        add_adapters(model, config)
+        raise ValueError(f"{file}: damaged ({error}); save or download the adapter again") from error
+    for name, value in {"peft_type": None, **fields}.items():
+        why = "which is not supported here; use the adapter with PEFT"
+        if name == "init_lora_weights":
+            why = f"a start that changes the base too, so that the folder is half of the adapter; {_MERGED}"
+        harmless = name in _FREE or value in _HARMLESS.get(name, _EMPTY)
+        _require(harmless, f'{config_file}: "{name}" is {value!r}, {why}')
+    by_layer, method = _by_layer(model, tensors, file), "dora" if fields.get("use_dora") else "lora"
+    numbers = fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout") or 0.0
+    try:
+        config = AdapterConfig(method, *numbers, tuple(sorted(by_layer)), bool(fields.get("use_rslora")))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}; save the adapter again") from error
+    _check_fit(model, by_layer, config, file)
+    if not adapted_layers(model):
+        _adapt(model, {name: model.get_submodule(name) for name in by_layer}, config)
     for name, layer in adapted_layers(model).items():
         with torch.no_grad():
-            for part, parameter in _adapter_tensors(layer).items():
-                parameter.copy_(by_layer[name][part.removesuffix(".weight")])
+            for key, parameter in _adapter_tensors(layer).items():
+                parameter.copy_(by_layer[name][key.removesuffix(".weight")])
     return model
 
 
-def _adapter_tensors(layer: LoRALinear) -> dict[str, nn.Parameter]:
-    """A layer's own parameters under PEFT's names; DoRA's magnitude is a bare parameter there too, without `.weight`."""
-    tensors = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
-    return {**tensors, "lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else tensors
-
-
-def _target_names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        # an adapted layer counts under its own name, its base does not
-        if name and isinstance(module, LINEAR) and not isinstance(_parent(model, name), LoRALinear)
-    }
-    if targets == ALL_LINEAR:
-        names = [name for name, module in linear.items() if module is not output]
-        if not names:
-            raise ValueError(f'targets="{ALL_LINEAR}" finds no linear layer in this {type(model).__name__}')
-        return names
-    for target in targets:
-        if not any(_matches(name, target) for name in linear):
-            ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(
-                f'target "{target}" matches no linear layer of the model; it has {", ".join(ends)}'
-            )
-    return [name for name in linear if any(_matches(name, target) for target in targets)]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def _require(true: object, message: str) -> None:
+    if not true:
+        raise ValueError(message)
 
 
 def _require_adapters(model: nn.Module) -> dict[str, LoRALinear]:
     layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("the model has no adapters; put them on with add_adapters or load_adapters")
+    _require(layers, "the model has no adapters; put them on with add_adapters or load_adapters")
     return layers
 
 
-def _refuse_unsupported(fields: dict, config_file: Path) -> None:
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(
-            f'{config_file}: peft_type is {fields.get("peft_type")!r}; only "LORA" adapters can be loaded here'
+def _adapter_tensors(layer: LoRALinear) -> dict[str, nn.Parameter]:
+    """A layer's own parameters under PEFT's names; there too, the magnitude's has no `.weight`."""
+    tensors = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    return {**tensors, "lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else tensors
+
+
+# ── which layers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module, under each name that it has, without what lies inside an adapted layer."""
+    inside = tuple(f"{name}." for name in adapted_layers(model))
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if name and not name.startswith(inside)}
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold a weight, by the weight's id."""
+    owners = defaultdict(list)
+    for name, module in _modules(model).items():
+        for weight in (*module.parameters(recurse=False), *module.children()):  # an NF4Tensor is a child
+            owners[id(weight)].append(name)
+    return owners
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """It looks like a linear layer, plain or quantized, of whatever library."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
+    modules = _modules(model)
+    linear = {name: module for name, module in modules.items() if _is_linear(module)}
+    if targets == ALL_LINEAR:
+        linear = {name: module for name, module in linear.items() if module is not _head(model)}
+        kinds = ", ".join(sorted({type(m).__name__ for m in modules.values() if m._parameters}))
+        nothing = (
+            f"finds no linear layer in this {type(model).__name__}; its weights lie in {kinds or 'none'}"
         )
-    for field in ("r", "lora_alpha"):
-        if not isinstance(fields.get(field), (int, float)):
-            raise ValueError(
-                f'{config_file}: "{field}" is {fields.get(field)!r}, not a number; save the adapter again'
-            )
-    plain = {"bias": "none"}
-    for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters",
-                  "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "arrow_config",
-                  "alora_invocation_tokens", "bias", "lora_bias"):  # fmt: skip
-        if fields.get(field) and fields[field] != plain.get(field):
-            raise ValueError(
-                f'{config_file}: "{field}" is {fields[field]!r}, which is not supported here; load this adapter with PEFT'
-            )
+        _require(linear, f'targets="{ALL_LINEAR}" {nothing}')
+        return linear
+    for target in targets:
+        if not any(_matches(name, [target]) for name in linear):
+            others = (f"{n} ({type(m).__name__}) and " for n, m in modules.items() if _matches(n, [target]))
+            nothing = f"matches {next(others, '')}no linear layer of the model"
+            raise ValueError(f'target "{target}" {nothing}; it has {", ".join(_ends(linear))}')
+    return {name: module for name, module in linear.items() if _matches(name, targets)}
 
 
-def _check_fit(model, existing, by_layer, config, weights_file) -> None:
-    """Raise unless every tensor has its layer, every layer its tensors, and all shapes agree."""
-    modules = dict(model.named_modules())
+def _matches(name: str, targets: str | Iterable[str]) -> bool:
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+# ── what cannot be adapted ────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_layers(model: nn.Module, bases: dict[str, nn.Module], config: AdapterConfig) -> None:
+    owners = _owners(model)
+    bad = {name: why for name, base in bases.items() if (why := refusal(base))}
+    for name in bases.keys() - bad:
+        for other in owners[id(bases[name].weight)]:
+            # a head that is also the embedding can be adapted, only not merged
+            if other != name and not isinstance(model.get_submodule(other), nn.Embedding):
+                bad[name] = f"it shares its weight with {other}, which a merge would change too"
+    for name in {} if bad else _used_without_a_call(model, bases):
+        bad[name] = "the model takes its weight and does not call it, so an adapter has no effect"
+    ends = [end for end in _ends(bases.keys() - bad) if not any(_matches(name, [end]) for name in bad)]
+    mend = f"; name the others, targets={tuple(ends)}" if ends else ""
+    if config.targets == ALL_LINEAR:
+        share, where = _out_of_reach(model, bases)
+        why = f"leaves out {share:.0%} of the weights, which lie in no linear layer ({where})"
+        _require(share <= OUT_OF_REACH, f'targets="{ALL_LINEAR}" {why}; no adapter fits those yet{mend}')
+    for name in bases:
+        kinds = ", ".join(sorted({type(bases[name]).__name__ for name in bad}))
+        share = f"{len(bad)} of {len(bases)} targets cannot be adapted ({kinds})"
+        _require(name not in bad, f"{share}; {name}: {bad.get(name)}{mend}")
+        out_features, in_features = bases[name].out_features, bases[name].in_features
+        most = min(out_features, in_features)
+        why = f"is larger than {name} ({out_features}×{in_features}); choose at most {most}"
+        _require(config.rank <= most, f"rank={config.rank} {why}")
+
+
+def _out_of_reach(model: nn.Module, bases: dict[str, nn.Module]) -> tuple[float, str]:
+    """Share of the weights, embeddings and head aside, that no linear layer holds; names of the largest."""
+    weights = dict(model.named_parameters())
+    weights |= {name: module for name, module in model.named_modules() if isinstance(module, NF4Tensor)}
+    aside = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is _head(model)]
+    aside = {id(weight) for module in aside for weight in module.parameters()}
+    sizes = {n: w.numel() for n, w in weights.items() if len(w.shape) > 1 and id(w) not in aside}
+    inside = {id(base.weight) for base in bases.values()}
+    beyond = sorted((n for n in sizes if id(weights[n]) not in inside), key=sizes.get, reverse=True)
+    names = dict.fromkeys(".".join(name.split(".")[-2:]) for name in beyond)
+    return sum(map(sizes.get, beyond)) / max(1, sum(sizes.values())), ", ".join([*names][:3])
+
+
+def _used_without_a_call(model: nn.Module, bases: dict[str, nn.Module]) -> dict[str, None]:
+    """Layers whose weight the model takes while it does not call them (Jamba's dt_proj); on four tokens."""
+    real = all(type(p) is nn.Parameter and not p.is_meta for p in model.parameters())
+    fed = getattr(model, "main_input_name", "") == "input_ids" and not model.config.is_encoder_decoder
+    if not (bases and real and fed):
+        return {}  # nothing to compute with, or nothing to feed it
+    names, running, found = {id(base.weight): name for name, base in bases.items()}, set(), {}
+
+    class Uses(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is not F.embedding and any(isinstance(x, Tensor) for x in tree_leaves(result)):
+                used = {names.get(id(x)) for x in tree_leaves((args, kwargs))} - {None}
+                found.update(dict.fromkeys(name for name in used if bases[name] not in running))
+            return result
+
+    begins = register_module_forward_pre_hook(lambda module, _: running.add(module))
+    ends = register_module_forward_hook(lambda module, *_: running.discard(module))
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), begins, ends, Uses():
+            model.train()  # fused kernels take weights in training only
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+# ── what a folder holds ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _by_layer(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """Each layer's tensors by part, "lora_A" and so on."""
+    modules, by_layer = _modules(model), {}
+    for key, tensor in tensors.items():
+        if match := _KEY.fullmatch(key):
+            name, part = match[1].removeprefix(_PREFIX), match[2]
+            why = f'adapts the embedding "{name}" ({part}), which is not supported here; {_MERGED}'
+            _require("embedding" not in part, f"{file}: {why}")
+            parts = by_layer.setdefault(name, {})
+            why = f'holds {part} of "{name}" twice; save each adapter by itself'
+            _require(part not in parts, f"{file}: {why}")
+            parts[part] = tensor
+        else:  # a weight of the base
+            name, _, part = key.removeprefix(_PREFIX).replace(".base_layer.", ".").rpartition(".")
+            own = getattr(modules.get(name), part, None)
+            why = "which this model does not have; it is an adapter of another model"
+            _require(isinstance(own, Tensor), f'{file}: holds "{key}", {why}')
+            own, why = own.detach().cpu(), "unlike this model's own; if it was trained or resized"
+            same = torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
+            _require(same, f'{file}: holds "{key}", {why}, {_MERGED}')
+    _require(by_layer, f"{file}: holds no adapter; save it again")
+    return by_layer
+
+
+def _check_fit(model: nn.Module, by_layer: dict, config: AdapterConfig, file: Path) -> None:
+    """Every tensor has its layer, every layer its tensors, and all shapes agree."""
+    modules, existing = _modules(model), adapted_layers(model)
     for name, parts in by_layer.items():
         module = modules.get(name)
-        if not isinstance(module, LINEAR):
-            raise ValueError(
-                f'{weights_file}: adapts "{name}", which this model has not; it is an adapter of another model'
-            )
+        what = "missing here" if module is None else f"of class {type(module).__name__} here"
+        why = f'adapts "{name}" as a linear layer, which is {what}; it is an adapter of another model'
+        _require(module is not None and _is_linear(module), f"{file}: {why}")
         shapes = {"lora_A": (config.rank, module.in_features), "lora_B": (module.out_features, config.rank)}
         if config.method == "dora":
             shapes["lora_magnitude_vector"] = (module.out_features,)
         found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-        if found != shapes:
-            raise ValueError(
-                f'{weights_file}: "{name}" has {found} where this model needs {shapes}; it belongs to another model or rank'
-            )
+        why = f'"{name}" has {found} where this model needs {shapes}; it belongs to another model or rank'
+        _require(found == shapes, f"{file}: {why}")
     if existing:
-        here = model.adapter_config
-        same = (here.method, here.rank, here.alpha, here.rslora) == (
-            config.method,
-            config.rank,
-            config.alpha,
-            config.rslora,
-        )
-        if set(existing) != set(by_layer) or not same:
-            raise ValueError(
-                f"{weights_file}: the model has other adapters already; merge_adapters first, or load the model anew"
-            )
+        alike = ("method", "rank", "alpha", "rslora")
+        here = getattr(model, "adapter_config", None)
+        same = here and all(getattr(here, field) == getattr(config, field) for field in alike)
+        why = "the model has other adapters already; merge_adapters first, or load the model again"
+        _require(same and set(existing) == set(by_layer), f"{file}: {why}")

@@ -1,4 +1,4 @@
-"""Files: where the project lies, where its cache is, and writing that is whole or not at all."""
+"""Where the project and its cache lie, and files that are written whole or not at all."""
 
 import errno
 import hashlib
@@ -14,10 +14,10 @@ CACHE = Path(os.environ.get("SPARK_FT_CACHE", ROOT / ".cache" / "spark_ft"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, flush it to disk, then rename it to `path`: whole or not at all, even if killed.
+    """Write a file whole or not at all, even if the process is killed: `write(temporary)`, flush, rename.
 
     Raises:
-        OSError: it could not be written, for want of disk space for one; what stood at `path` still stands.
+        OSError: it could not be written, as when the disk is full; what stood at `path` still stands.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         if "No space left" in str(error):  # safetensors wraps the system's error into its own
             raise OSError(
-                errno.ENOSPC, f"{path}: no disk space to write it; free some and run it again"
+                errno.ENOSPC, f"{path}: no disk space to write it; free some and run again"
             ) from error
         raise
     finally:
@@ -39,5 +39,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
