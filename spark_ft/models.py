@@ -96,8 +96,7 @@ def load_model(
         preflight(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with no_progress_bar():
-            model = (load_nf4 if quantize else _load_whole)(source, dtype or profile().dtype, device)
+        model = (load_nf4 if quantize else _load_whole)(source, dtype or profile().dtype, device)
     except SafetensorError as error:
         raise OSError(f"{source}: its weights are damaged ({error}); download or save it again") from error
     except (OSError, ImportError) as error:
@@ -144,6 +143,7 @@ def _source(name: str | os.PathLike | None) -> tuple[str, str]:
 _TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that `_require_all` can say it
 
 
+@no_progress_bar()
 def _load_whole(source: str | os.PathLike, dtype: torch.dtype, device: str):
     from transformers import AutoModelForCausalLM
 
@@ -222,6 +222,7 @@ def let_go_of(path: str | os.PathLike) -> None:
 # ── 4-bit models ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@no_progress_bar()
 def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
     """A causal language model in NF4 (`nf4_names` says which weights), read and quantized tensor by tensor.
 
@@ -369,8 +370,8 @@ def preflight(name: str) -> None:
 def _unreadable(name: str | os.PathLike, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "unset")
     says = (
-        "it is neither a folder with a model in it nor a hub id that is cached or reachable. Check the spelling "
-        f"and the network (HF_HUB_OFFLINE={offline}; a gated model needs its licence accepted and `hf "
-        "auth login`), or unset SPARK_FT_MODEL to use the embedded model"
+        "it is neither a folder with a model in it nor a hub id that is cached or reachable. Check the "
+        f"spelling and the network (HF_HUB_OFFLINE={offline}; a gated model needs its licence accepted and "
+        "`hf auth login`), or unset SPARK_FT_MODEL to use the embedded model"
     )
     return f'no model could be read from "{name}": {error if Path(name).is_dir() else says}'
