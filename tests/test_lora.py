@@ -1,304 +1,361 @@
-"""LoRALinear is PEFT's LoRA, to rounding: outputs, gradients and merged weights; and it keeps its own promises."""
+"""LoRALinear and DoRALinear equal PEFT's layers to rounding, and keep what both of them promise."""
 
+import copy
 import math
-from collections import OrderedDict
+from importlib import import_module
 
 import pytest
 import torch
+from helpers import outcome, peft_layer, relative, trained_layer, trained_parameters
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.dora import DoRALinear
+from spark_ft.methods.lora import SAME_AS_LINEAR, LoRALinear
+from spark_ft.methods.nf4 import NF4Linear
 
-SHAPES = [(48, 16), (16, 48), (24, 24)]  # (out, in): tall, wide, square
-INPUTS = [(1,), (7,), (2, 3), (2, 1, 5)]  # what stands before the feature dimension
-
-
-def relative(ours, theirs) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-
-
-def linear(out, inp, bias=True, dtype=torch.float32, seed=0) -> nn.Linear:
-    torch.manual_seed(seed)
-    return nn.Linear(inp, out, bias=bias).to(dtype)
+LEADS = [(1,), (7,), (2, 3), (2, 1, 5)]  # what stands before the feature dimension
+NAMES = ("output", "grad x", "grad A", "grad B", "grad magnitude")
+both_kinds = pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 
 
-def lora(out=24, inp=16, rank=4, dtype=torch.float32, bias=True, **options) -> LoRALinear:
-    """One whose B is not zero any more."""
-    layer = LoRALinear(linear(out, inp, bias, dtype), rank, **options)
-    nn.init.normal_(layer.lora_B, std=0.3)
-    return layer
-
-
-def peft_twin(layer: LoRALinear):
-    """PEFT's layer with the same weights, dropout and scaling."""
-    from peft import LoraConfig, get_peft_model
-
-    out, inp = layer.weight.shape
-    base = linear(out, inp, layer.bias is not None, layer.weight.dtype)
-    config = LoraConfig(
-        r=layer.rank,
-        lora_alpha=layer.alpha,
-        lora_dropout=layer.dropout,
-        use_rslora=layer.rslora,
-        target_modules=["it"],
-    )
-    twin = get_peft_model(nn.Sequential(OrderedDict(it=base)), config).base_model.model.it
-    with torch.no_grad():
-        base.weight.copy_(layer.weight)
-        twin.lora_A["default"].weight.copy_(layer.lora_A)
-        twin.lora_B["default"].weight.copy_(layer.lora_B)
-    return twin.train(layer.training)
-
-
-def outcome(layer, A, B, x, seed=11):
-    """Output and gradients of x, A and B under a loss that weighs every output differently."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(seed)  # the same dropout mask for both
-    y = layer(x)
-    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
-    return (y.detach(), *torch.autograd.grad(loss, (x, A, B)))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_equals_peft_in_outputs_gradients_and_merged_weights(shape, rank, rslora, bias, dropout):
+@both_kinds
+@pytest.mark.parametrize(
+    ("shape", "rank", "rslora", "bias", "dropout"),  # all pairs, of tall, wide and square ones to full rank
+    [
+        ((48, 16), 1, False, False, 0.0),
+        ((48, 16), 16, True, True, 0.3),
+        ((16, 48), 4, False, True, 0.0),
+        ((16, 48), 16, True, False, 0.0),
+        ((16, 48), 1, False, True, 0.3),
+        ((24, 24), 4, True, False, 0.3),
+        ((24, 24), 16, False, True, 0.0),
+    ],
+)
+def test_equals_peft_in_outputs_gradients_and_merged_weights(kind, shape, rank, rslora, bias, dropout):
+    near = 1e-6 if kind is LoRALinear else 1e-5
     for alpha in (0.5, 16, 32.0):
-        layer = lora(*shape, rank, bias=bias, alpha=alpha, rslora=rslora, dropout=dropout)
-        twin = peft_twin(layer)
-        for lead in INPUTS:
+        layer = trained_layer(kind, *shape, rank, bias=bias, alpha=alpha, rslora=rslora, dropout=dropout)
+        twin, theirs = peft_layer(layer)
+        for lead in LEADS:
             x = torch.randn(*lead, shape[1])
-            ours = outcome(layer, layer.lora_A, layer.lora_B, x)
-            theirs = outcome(twin, twin.lora_A["default"].weight, twin.lora_B["default"].weight, x)
-            for what, a, b in zip(("output", "grad x", "grad A", "grad B"), ours, theirs, strict=True):
-                assert relative(a, b) <= 1e-6, (what, lead, alpha)
+            found = outcome(layer, x, trained_parameters(layer)), outcome(twin, x, theirs)
+            for what, ours, expected in zip(NAMES, *found, strict=False):
+                assert relative(ours, expected) <= near, (what, lead, alpha)
         layer.merge()
         twin.merge()
-        assert relative(layer.weight, twin.base_layer.weight) <= 1e-6
+        assert relative(layer.weight, twin.base_layer.weight) <= near
         x = torch.randn(5, shape[1])
-        assert relative(layer(x), twin(x)) <= 1e-6
+        assert relative(layer(x), twin(x)) <= near
 
 
-def test_dropout_takes_a_different_mask_each_time_and_none_in_eval():
-    layer = lora(dropout=0.5)
-    x = torch.randn(3, 16)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    assert relative(layer(x), layer.base(x) + x @ layer.delta_weight().T) < 1e-6
-
-
-def test_a_bf16_base_agrees_with_peft_to_bf16_rounding():
-    layer = lora(48, 32, rank=8, dtype=torch.bfloat16)
-    assert (layer.lora_A.dtype, layer.lora_B.dtype) == (torch.float32, torch.float32)
-    twin = peft_twin(layer)
-    for lead in INPUTS:
+@both_kinds
+def test_a_bf16_base_agrees_with_peft_to_bf16_rounding(kind):
+    layer = trained_layer(kind, 48, 32, rank=8, dtype=torch.bfloat16)
+    assert {p.dtype for p in trained_parameters(layer)} == {torch.float32}
+    twin, theirs = peft_layer(layer)
+    near = 2**-8 if kind is LoRALinear else 2**-6  # PEFT rounds DoRA's norm and each of its terms to bf16 too
+    for lead in LEADS:
         x = torch.randn(*lead, 32, dtype=torch.bfloat16)
-        ours = outcome(layer, layer.lora_A, layer.lora_B, x)
-        theirs = outcome(twin, twin.lora_A["default"].weight, twin.lora_B["default"].weight, x)
-        assert [t.dtype for t in ours] == [t.dtype for t in theirs]
-        for a, b in zip(ours, theirs, strict=True):
-            assert relative(a, b) <= 2**-8  # bf16 keeps 8 bits
+        found = outcome(layer, x, trained_parameters(layer)), outcome(twin, x, theirs)
+        for what, ours, expected in zip(NAMES, *found, strict=False):
+            assert ours.dtype == expected.dtype, what
+            assert relative(ours, expected) <= near, (what, lead)
     layer.merge()
     twin.merge()
     assert layer.weight.dtype == torch.bfloat16
-    assert relative(layer.weight, twin.base_layer.weight) <= 2**-8
+    assert relative(layer.weight, twin.base_layer.weight) <= near
 
 
-def test_a_new_layer_computes_exactly_what_its_base_does():
-    base = linear(24, 16)
-    x = torch.randn(3, 5, 16)
+@pytest.mark.parametrize(
+    ("kind", "nf4", "dropout"),
+    [
+        (LoRALinear, 0, 0.0),
+        (LoRALinear, 1, 0.3),
+        (DoRALinear, 0, 0.0),
+        (DoRALinear, 0, 0.3),
+        (DoRALinear, 1, 0.0),
+    ],
+)
+def test_under_autocast_it_is_pefts_layer_to_bf16_rounding(kind, nf4, dropout):
+    layer = trained_layer(kind, 48, 32, rank=8, dropout=dropout)
+    quantized = NF4Linear.from_linear(layer.base) if nf4 else layer.base
+    layer.base = quantized.to_linear(torch.float32) if nf4 else layer.base
+    twin, theirs = peft_layer(layer)
+    layer.base = quantized
+    norm = layer.norm().clone() if kind is DoRALinear else None
+    if norm is not None:
+        layer.forget_norm()  # so that it is computed under autocast
+    x, ours = torch.randn(2, 5, 32), trained_parameters(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(twin, x, theirs)
+        plain = outcome(layer, x, ours)
+        replayed = outcome(lambda x: checkpoint(layer, x, use_reentrant=False), x, ours)
+        narrow = outcome(layer, x.bfloat16(), ours)  # what a layer inside a model is given
+    for what, right, a, b, c in zip(NAMES, expected, plain, replayed, narrow, strict=False):
+        assert a.dtype == right.dtype, what
+        assert relative(a, right) <= 2**-6, what
+        assert torch.equal(a, b), what
+        assert relative(c, right) <= 2**-5, what
+    assert norm is None or relative(layer.norm(), norm) < 1e-6
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_layer_computes_exactly_what_its_base_does(kind, dtype):
+    base = nn.Linear(16, 24).to(dtype)
+    x = torch.randn(3, 5, 16, dtype=dtype)
     before = base(x)
-    layer = LoRALinear(base, rank=4, dropout=0.5)
-    assert torch.equal(layer(x), before)
+    for dropout in (0.0, 0.5):
+        layer = kind(base, rank=4, dropout=dropout)
+        assert layer.training
+        assert torch.equal(layer(x), before)
+    names = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert names == {"lora_A", "lora_B"} | ({"magnitude"} if kind is DoRALinear else set())
     assert torch.count_nonzero(layer.lora_B) == 0
     # kaiming_uniform(a=√5) on (rank, in): uniform on ±1/√in, so its deviation is 1/√(3·in)
-    wide = LoRALinear(linear(64, 4096), rank=64)
+    wide = kind(nn.Linear(4096, 64), rank=64)
     assert wide.lora_A.abs().max() <= 1 / 64
     assert wide.lora_A.std().item() == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.01)
 
 
+def test_dropout_takes_a_different_mask_each_time_and_none_in_eval():
+    layer, x = trained_layer(LoRALinear, dropout=0.5, alpha=12), torch.randn(3, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert relative(layer(x), layer.base(x) + x @ (3 * layer.lora_B @ layer.lora_A).T) < 1e-6
+
+
 def test_scaling_is_alpha_over_rank_or_over_its_root():
-    assert LoRALinear(linear(16, 16), rank=8, alpha=32).scaling == 4
-    assert LoRALinear(linear(16, 16), rank=16, alpha=32, rslora=True).scaling == 8
-    layer = lora(rank=4, alpha=12)
-    assert relative(layer.delta_weight(), 3 * layer.lora_B @ layer.lora_A) < 1e-7
+    assert LoRALinear(nn.Linear(16, 16), rank=8, alpha=32).scaling == 4
+    assert LoRALinear(nn.Linear(16, 16), rank=16, alpha=32, rslora=True).scaling == 8
 
 
-def test_only_the_adapter_trains_and_the_base_never_moves():
-    layer = lora(dropout=0.1)
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+@both_kinds
+def test_only_the_adapter_trains_and_the_base_never_moves(kind):
+    layer = trained_layer(kind, dropout=0.1)
     before = {name: p.clone() for name, p in layer.named_parameters()}
-    optimizer = torch.optim.AdamW((p for p in layer.parameters() if p.requires_grad), lr=0.1)
+    optimizer = torch.optim.AdamW(trained_parameters(layer), lr=0.1)
     for _ in range(3):
         layer(torch.randn(8, 16)).square().sum().backward()
         optimizer.step()
     moved = {name for name, p in layer.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"lora_A", "lora_B"}
+    assert moved == {name for name in before if "base" not in name}
 
 
-def test_merging_or_unmerging_twice_is_merging_or_unmerging_once():
-    layer = lora().eval()
-    x, original = torch.randn(3, 16), layer.weight.clone()
-    adapted = layer(x)
-    layer.merge()
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_twice_is_once_and_disabling_gives_the_base_back(kind, dtype):
+    layer = trained_layer(kind, dtype=dtype).eval()
+    x, original = torch.randn(3, 16, dtype=dtype), layer.weight.clone()
+    base, adapted, delta = layer.base(x), layer(x), layer.delta_weight().detach()
+    near = 1e-5 if dtype == torch.float32 else 2**-6
+    layer.enabled = False
+    assert torch.equal(layer(x), base)
+    layer.enabled = True
+    with torch.autocast("cpu", torch.bfloat16):  # which must not round the sum
+        layer.merge()
     once = layer.weight.clone()
     layer.merge()
     assert torch.equal(layer.weight, once)
-    assert relative(once, original + layer.delta_weight()) < 1e-6
-    assert relative(layer(x), adapted) < 1e-6
-    layer.unmerge()
-    layer.unmerge()
-    assert relative(layer.weight, original) < 1e-6
-    assert relative(layer(x), adapted) < 1e-6
-
-
-def test_disabled_is_the_base_exactly_and_merged_and_disabled_is_the_base_to_rounding():
-    layer = lora(alpha=64, dropout=0.5)
-    x = torch.randn(3, 16)
+    assert relative(once, original.float() + delta) < (1e-6 if dtype == torch.float32 else 2**-8)
+    assert relative(layer.delta_weight(), delta) < 10 * near
+    assert relative(layer(x), adapted) < near
     layer.enabled = False
-    assert torch.equal(layer(x), layer.base(x))
-    base = layer.base(x)
-    layer.merge()
-    assert relative(layer.base(x), base) > 0.1  # the weight does hold the update
-    assert relative(layer(x), base) < 1e-5
+    assert relative(layer(x), base) < 4 * near
+    layer.enabled = True
     layer.unmerge()
-    assert relative(layer(x), base) < 1e-5
+    layer.unmerge()
+    assert relative(layer.weight, original) < 4 * near
+    assert relative(layer(x), adapted) < 4 * near
 
 
-@pytest.mark.parametrize("rank", [0, -1, 17])
-def test_a_rank_that_does_not_fit_is_refused(rank):
-    with pytest.raises(
-        ValueError, match=rf"rank={rank} does not fit a 24×16 layer; choose a rank from 1 to 16"
-    ):
-        LoRALinear(linear(24, 16), rank=rank)
+def test_a_rank_or_a_dropout_that_does_not_fit_is_refused():
+    for rank in (0, -1, 17):
+        with pytest.raises(
+            ValueError, match=f"rank={rank} does not fit a 24×16 layer; choose a rank from 1 to 16"
+        ):
+            LoRALinear(nn.Linear(16, 24), rank=rank)
+    for dropout in (-0.1, 1.0, 2, math.nan):
+        with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability below 1"):
+            LoRALinear(nn.Linear(16, 24), rank=2, dropout=dropout)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2, math.nan])
-def test_a_dropout_that_is_no_probability_is_refused(dropout):
-    with pytest.raises(ValueError, match=r"dropout=.* is not a probability below 1"):
-        LoRALinear(linear(24, 16), rank=2, dropout=dropout)
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).topk(2)
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)])
-def test_gradients_are_those_of_finite_differences(lead):
-    layer = lora(5, 4, rank=2, dtype=torch.float64, alpha=3)
+def made(module, name, **options):
+    return getattr(import_module(module), name)(64, 64, **options)
+
+
+WEIGHT = r"its weight \(.*\) is not a plain one of 16 bits or more; load a copy"
+FORWARD = r"its forward is not nn.Linear's x Wᵀ \+ b; choose targets without it"
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "make"),
+    [
+        (
+            "FP8Linear",
+            WEIGHT.replace(".*", "torch.float8_e4m3fn"),
+            lambda: made("transformers.integrations.finegrained_fp8", "FP8Linear", block_size=(64, 64)),
+        ),
+        ("Linear8bitLt", WEIGHT, lambda: made("bitsandbytes.nn", "Linear8bitLt", has_fp16_weights=False)),
+        ("Linear4bit", WEIGHT, lambda: made("bitsandbytes.nn", "Linear4bit")),
+        (
+            "Linear4bit",
+            WEIGHT.replace(".*", "torch.uint8"),
+            lambda: made("bitsandbytes.nn", "Linear4bit").to("cpu"),
+        ),
+        ("ParametrizedLinear", WEIGHT, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        ("LazyLinear", WEIGHT, lambda: nn.LazyLinear(8)),
+        ("Conv1D", FORWARD, lambda: made("transformers.pytorch_utils", "Conv1D")),
+        ("Router", FORWARD, lambda: Router(8, 8)),
+        ("Embedding", FORWARD, lambda: nn.Embedding(8, 8)),
+        ("LoRALinear", "it has an adapter already", lambda: trained_layer(LoRALinear)),
+    ],
+)
+def test_a_layer_that_does_not_hold_a_plain_weight_is_refused_by_name(name, why, make):
+    with pytest.raises(ValueError, match=f"^{name} cannot be adapted: {why}"):
+        LoRALinear(make(), rank=2)
+
+
+def test_the_subclasses_taken_for_linear_layers_compute_the_same():
+    assert SAME_AS_LINEAR == ("FalconLinear",)
+    base, x = made("transformers.models.falcon.modeling_falcon", "FalconLinear"), torch.randn(2, 5, 64)
+    assert relative(base(x), F.linear(x, base.weight, base.bias)) < 1e-6
+    assert torch.equal(LoRALinear(base, rank=2)(x), base(x))
+
+
+def test_gradients_are_those_of_finite_differences():
+    layer = trained_layer(LoRALinear, 5, 4, rank=2, dtype=torch.float64, alpha=3)
     assert layer.lora_A.dtype == torch.float64
-    x = torch.randn(*lead, 4, dtype=torch.float64, requires_grad=True)
 
     def as_function(x, A, B):
         return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
 
-    assert torch.autograd.gradcheck(as_function, (x, layer.lora_A, layer.lora_B))
+    for lead in ((), (2, 3)):
+        x = torch.randn(*lead, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(as_function, (x, layer.lora_A, layer.lora_B))
 
 
 def reference(layer, x):
-    """The formula, with no in-place work and no autograd.Function of ours."""
-    update = layer.scaling * (x.to(layer.lora_A.dtype) @ layer.lora_A.T @ layer.lora_B.T)
-    return (nn.functional.linear(x, layer.weight, layer.bias).to(update.dtype) + update).to(x.dtype)
-
-
-def gradients(y, *inputs):
-    return torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)
+    """The formula, all of it out of place."""
+    return F.linear(x, layer.weight, layer.bias) + layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_stacked_layers_and_a_reused_output_under_checkpointing(reentrant):
-    """The update is written into the base's output in place; nothing that autograd kept may be overwritten by it."""
-    first, second = lora(16, 16), lora(16, 16)
-    x = torch.randn(6, 16, requires_grad=True)
-    inputs = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
+    first, second = trained_layer(LoRALinear, 16, 16), trained_layer(LoRALinear, 16, 16)
 
-    def block(x, apply):
+    def block(x, apply=lambda layer, h: layer(h)):
         h = apply(first, x)
         return torch.tanh(h) * apply(second, h) + h  # h is used three times
 
-    expected_y = block(x, reference)
-    expected = gradients(expected_y, *inputs)
-    plain = block(x, lambda layer, h: layer(h))
-    assert relative(plain, expected_y) < 1e-6
-    for a, b in zip(gradients(plain, *inputs), expected, strict=True):
-        assert relative(a, b) < 2e-6
-    if reentrant:  # this kind cannot be used with autograd.grad, and backward is what training calls
-        y = checkpoint(block, x, lambda layer, h: layer(h), use_reentrant=True)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        again = [p.grad for p in inputs]
-    else:
-        again = gradients(checkpoint(block, x, lambda layer, h: layer(h), use_reentrant=False), *inputs)
-    for a, b in zip(again, expected, strict=True):
-        assert relative(a, b) < 2e-6
+    def replayed(x):
+        return checkpoint(block, x, use_reentrant=reentrant)
+
+    x, slope, found = torch.randn(6, 16), torch.randn(6, 16), []
+    for function in (lambda x: block(x, reference), block, replayed):
+        inputs = [x.clone().requires_grad_(), *trained_parameters(first), *trained_parameters(second)]
+        for p in inputs:
+            p.grad = None
+        y = function(inputs[0])
+        y.backward(slope)  # autograd.grad does not know the reentrant kind
+        found.append([y.detach(), *(p.grad for p in inputs)])
+    for expected, *ours in zip(*found, strict=True):
+        assert all(relative(a, expected) < 2e-6 for a in ours)
 
 
-def test_dropout_under_checkpointing_replays_its_mask():
-    layer = lora(16, 16, dropout=0.5)
-    x = torch.randn(6, 16, requires_grad=True)
-    torch.manual_seed(5)
-    plain = gradients(layer(x), x, layer.lora_A, layer.lora_B)
-    torch.manual_seed(5)
-    replayed = gradients(checkpoint(layer, x, use_reentrant=False), x, layer.lora_A, layer.lora_B)
-    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
+@both_kinds
+def test_dropout_under_checkpointing_replays_its_mask(kind):
+    for dropout in (0.0, 0.5):
+        layer, x = trained_layer(kind, dropout=dropout), torch.randn(6, 16)
+        plain = outcome(layer, x, trained_parameters(layer))
+        again = outcome(lambda x: checkpoint(layer, x, use_reentrant=False), x, trained_parameters(layer))  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_backward_keeps_the_input_and_no_activation_of_its_own():
-    layer = lora(48, 32, rank=4)
-    x = torch.randn(64, 32, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x)
-    parameters = {p.data_ptr() for p in layer.parameters()}
-    assert {t.data_ptr() for t in kept} - parameters == {x.data_ptr()}
-
-
-class Transposed(nn.Linear):
-    """A base that looks like a linear layer and whose output is not contiguous in memory."""
-
-    def forward(self, x):
-        return super().forward(x).transpose(0, -1).contiguous().transpose(0, -1)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda: torch.randn(16, 6).T, "transposed"),
-        (lambda: torch.randn(5, 2, 16).transpose(0, 1), "batch and sequence swapped"),
-        (lambda: torch.randn(6, 32)[:, ::2], "every second feature"),
-        (lambda: torch.randn(1, 16).expand(4, 16), "one row four times"),
-    ],
-)
-@pytest.mark.parametrize("kind", [nn.Linear, Transposed])
-def test_inputs_and_outputs_may_lie_in_memory_as_they_like(make, why, kind):
-    base = kind(16, 24)
-    layer = LoRALinear(base, rank=4)
-    nn.init.normal_(layer.lora_B)
-    x = make().requires_grad_()
-    y, expected = layer(x), reference(layer, x)
-    assert relative(y, expected) < 1e-6, why
-    inputs = (x, layer.lora_A, layer.lora_B)
-    for a, b in zip(gradients(y, *inputs), gradients(expected, *inputs), strict=True):
-        assert relative(a, b) < 2e-6, why
-
-
-@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+@both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_batch_gives_an_empty_answer_and_zero_gradients(lead, dtype):
-    layer = lora(dtype=dtype)
-    y = layer(torch.randn(*lead, 16, dtype=dtype))
-    assert y.shape == (*lead, 24)
-    y.sum().backward()
-    assert torch.count_nonzero(layer.lora_A.grad) == torch.count_nonzero(layer.lora_B.grad) == 0
+def test_backward_keeps_its_input_and_a_thin_product_and_for_dora_the_output(kind, dtype):
+    layer = trained_layer(kind, 48, 32, rank=4, bias=False, dtype=dtype)
+    x, kept = torch.randn(64, 32, dtype=dtype, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    activations = {t.data_ptr(): t.nbytes for t in kept if len(t) == 64}
+    assert activations.pop(y.data_ptr(), 0) == (y.nbytes if kind is DoRALinear else 0)
+    assert sorted(activations.values()) == [64 * 4 * 4, 64 * 32 * 4]  # x Aᵀ and x, both in A's precision
+    assert dtype == torch.bfloat16 or x.data_ptr() in activations
 
 
-def test_no_gradient_is_computed_for_what_asks_for_none():
-    layer = lora()
-    x = torch.randn(3, 16)
-    layer(x).sum().backward()
-    assert x.grad is None
-    assert layer.weight.grad is None
+def test_inputs_may_lie_in_memory_as_they_like():
+    layer = trained_layer(LoRALinear)
+    for x in (
+        torch.randn(16, 6).T,
+        torch.randn(5, 2, 16).transpose(0, 1),
+        torch.randn(6, 32)[:, ::2],
+        torch.randn(1, 16).expand(4, 16),
+    ):
+        found = [outcome(it, x, trained_parameters(layer)) for it in (layer, lambda x: reference(layer, x))]
+        assert all(relative(a, b) < 2e-6 for a, b in zip(*found, strict=True)), x.stride()
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch_gives_an_empty_answer_and_zero_gradients(kind, dtype):
+    for lead in ((0,), (2, 0)):
+        layer = trained_layer(kind, dtype=dtype)
+        y = layer(torch.randn(*lead, 16, dtype=dtype))
+        assert y.shape == (*lead, 24)
+        y.sum().backward()
+        assert not any(torch.count_nonzero(p.grad) for p in trained_parameters(layer))
+
+
+@both_kinds
+def test_no_gradient_is_computed_for_what_asks_for_none(kind):
+    layer, x = trained_layer(kind), torch.randn(3, 16)
     layer.lora_A.requires_grad_(False)
-    layer.zero_grad()
     layer(x).sum().backward()
-    assert layer.lora_A.grad is None
+    assert x.grad is layer.weight.grad is layer.lora_A.grad is None
     assert layer.lora_B.grad.norm() > 0
+
+
+class NoNumbers(TorchDispatchMode):
+    """A memory plan's answer to what only numbers could tell: False, or 0."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0
+        return function(*args, **(kwargs or {}))
+
+
+@both_kinds
+@pytest.mark.parametrize("nf4", [False, True])
+def test_a_step_on_fake_tensors_runs_and_leaves_the_real_layer_as_it_was(kind, nf4):
+    layer, x = trained_layer(kind, dropout=0.5), torch.randn(3, 16)
+    layer.base = NF4Linear.from_linear(layer.base) if nf4 else layer.base
+    before = outcome(layer, x, trained_parameters(layer))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, NoNumbers():
+        memo = {id(t): mode.from_tensor(t) for t in (*layer.parameters(), *layer.buffers())}
+        y = copy.deepcopy(layer, memo)(mode.from_tensor(x))
+        y.sum().backward()
+        assert isinstance(y, FakeTensor)
+        base = nn.Linear(16, 24)
+        fresh = kind(NF4Linear.from_linear(base) if nf4 else base, rank=4)
+        fresh(torch.empty(3, 16)).sum().backward()
+    after = outcome(layer, x, trained_parameters(layer))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_adapter_goes_on_a_layer_on_the_meta_device():
+    with torch.device("meta"):
+        bases = nn.Linear(16, 24), NF4Linear.from_linear(nn.Linear(16, 24))
+        for layer in (kind(base, rank=4) for kind in (LoRALinear, DoRALinear) for base in bases):
+            assert {p.device.type for p in layer.parameters()} == {"meta"}
+            assert layer(torch.empty(2, 16)).shape == (2, 24)

@@ -3,19 +3,16 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from spark_ft.methods.lora import LoRALinear, _dense
+from spark_ft.methods.fused import ScaleRows, rows, without_autocast
+from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import NF4Tensor
 
-ROWS = 2048  # of a weight at a time, so that no copy of a whole one is made
-CANCELS = (
-    0.1  # where less than this share of ‖W‖² + ‖sBA‖² is left in ‖W + sBA‖², its three terms have lost digits
-)
-TINY = (
-    1e-30  # a gain of zero would forget the row's output, from which the magnitude's own gradient is computed
-)
+ROW_BLOCK = 2048  # rows of a weight at a time, so that no copy of a whole one is made
+CANCELS = 0.1  # below this share of ‖W‖² + ‖sBA‖², the three terms of ‖W + sBA‖² have lost digits
+TINY = 1e-30  # a gain of zero would forget the row's output, which the magnitude's own gradient needs
 
 _optimizer_steps = 0
 
@@ -25,18 +22,16 @@ def _count_step(*_) -> None:
     _optimizer_steps += 1
 
 
-register_optimizer_step_post_hook(
-    _count_step
-)  # of every optimizer: fused ones write parameters and leave `_version` alone
+register_optimizer_step_post_hook(_count_step)  # fused optimizers write parameters and leave `_version` alone
 
 
 class DoRALinear(LoRALinear):
-    """A frozen linear layer of whose rows length and direction train apart.
+    """A frozen linear layer whose row magnitudes and directions are trained separately.
 
-        y = m/n · (W x + s B A x) + b,    n = ‖W + s B A‖         (Liu et al. 2024, eq. 5, with n held still as in eq. 11)
+        y = m/n · (W x + s B A x) + b,   n = ‖W + s B A‖   (Liu et al. 2024, eq. 5; n held still as in eq. 11)
 
-    m and n have one entry for each row of (out, in). m starts as ‖W‖ and B at zero, so a new DoRALinear computes exactly what
-    its base computes. Dropout falls on the input of all that DoRA adds to the base, as in PEFT; W is then applied twice:
+    m and n have one entry per row of (out, in). m starts as ‖W‖ and B at zero, so a new DoRALinear computes
+    exactly what its base computes. Dropout acts on the input of all that DoRA adds, as in PEFT:
 
         y = W x + b + (m/n − 1) · W x̃ + m/n · s B A x̃
 
@@ -54,38 +49,46 @@ class DoRALinear(LoRALinear):
         self.forget_norm()
         self.magnitude = nn.Parameter(self.norm().clone())
 
-    def _adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        out, dropped = self.base(x), self._dropped(x)
-        if not (self.dropout and self.training):
-            return self._scaled(self._add_update(out.to(dropped.dtype), dropped), out.dtype)
-        again = self.base(dropped.to(x.dtype)).to(dropped.dtype)
-        return out + (self._scaled(self._add_update(again.clone(), dropped), dropped.dtype) - again).to(
-            out.dtype
-        )
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        if self.merged or not self.enabled:
+            return self._base_output(x)
+        out, A, B, gain = self.base(x), self.lora_A, self.lora_B, self.gain()
+        drops = self.training and self.dropout > 0
+        dropped = F.dropout(x.to(A.dtype), self.dropout, self.training)
+        low = rows(dropped) @ A.T
+        Wx = (self.base(dropped.to(x.dtype)) if drops else out).to(low.dtype)
+        z = torch.addmm(rows(Wx), low, B.T, alpha=self.scaling)  # W x + b + s · (x Aᵀ) Bᵀ
+        y = ScaleRows.apply(z, gain, self.bias, z.dtype if drops else out.dtype)  # m/n · (z − b) + b
+        y = y.view(out.shape)
+        return out + (y - Wx).to(out.dtype) if drops else y
 
-    def _scaled(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        return _ScaleRows.apply(z, self.magnitude, self.norm(), self.bias, dtype)
+    def gain(self) -> Float[Tensor, " out"]:
+        """m/n, never zero nor divided by zero."""
+        return self.magnitude / self.norm().clamp_min(TINY) + TINY
 
     def norm(self) -> Float[Tensor, " out"]:
-        """n = ‖W + s B A‖ of each row, computed anew only after an optimizer's step or a change of W, A, B or s.
+        """n = ‖W + s B A‖ of each row, computed anew after an optimizer's step or a change of W, A, B or s.
 
-        On a GPU a change through `.data` goes unnoticed, since comparing A and B would wait for it: call `forget_norm` then.
+        A change in place through `.data` goes unnoticed: call `forget_norm` after it.
         """
-        A, B, W = self.lora_A, self.lora_B, self.base.weight
-        of = (_optimizer_steps, self.scaling, _state(A), _state(B), _state(W))
-        if of != self._norm_of or not all(map(torch.equal, self._factors, (A, B))):
-            with torch.inference_mode(False), torch.no_grad():  # what is kept here may be wanted in training
-                if self._squares_of != _state(W):
-                    self._squares = torch.cat([_squares(block.to(A.dtype)) for block in W.split(ROWS)])
-                    self._squares_of = _state(W)
-                self._norm, self._norm_of = row_norm(W, A, B, self.scaling, self._squares), of
-                self._factors = (A.clone(), B.clone()) if A.device.type == "cpu" else ()
-        return self._norm
+        A, B, W = self.lora_A, self.lora_B, self.weight
+        states = [(id(t), t.untyped_storage()._cdata, t._version) for t in (A, B, getattr(W, "packed", W))]
+        key, kept = (_optimizer_steps, self.scaling, *states), self._kept
+        if key != kept.get("key"):
+            # what is kept here may be wanted in training, and outside of autocast
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(A.device):
+                if states[-1] != kept.get("W"):
+                    kept["squares"] = torch.cat([w.to(A.dtype).norm(dim=1) for w in W.split(ROW_BLOCK)]) ** 2
+                kept["norm"] = row_norm(W, A, B, self.scaling, kept["squares"])
+            kept |= {"key": key, "W": states[-1], "tensors": (A, B, W)}  # so that no other gets their ids
+        return kept["norm"]
 
     def forget_norm(self) -> None:
-        """Have the norm computed anew when it is asked for next."""
-        self._norm = self._norm_of = self._squares = self._squares_of = None
-        self._factors: tuple[Tensor, ...] = ()
+        """Drop the cached norm."""
+        self._kept: dict = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": {}}  # a copy computes its own
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """ΔW = m/n · (W + s B A) − W, what `merge` adds to the base weight."""
@@ -93,14 +96,15 @@ class DoRALinear(LoRALinear):
         return adapted - original
 
     def _weights(self) -> tuple[Tensor, Tensor]:
-        W, update = _dense(self.base.weight, self.lora_A.dtype), super().delta_weight()
+        W, dtype, update = self.weight, self.lora_A.dtype, super().delta_weight()
+        W = W.dequantize(dtype) if isinstance(W, NF4Tensor) else W.to(dtype)
         if self.merged:
             return W / self._merged_gain[:, None] - update, W
-        return W, _gain(self.magnitude, self.norm())[:, None] * (W + update)
+        return W, self.gain()[:, None] * (W + update)
 
     def merge(self) -> None:
         if not self.merged:
-            self._merged_gain = _gain(self.magnitude, self.norm()).detach()
+            self._merged_gain = self.gain().detach()
         super().merge()
 
 
@@ -112,70 +116,20 @@ def row_norm(
     scaling: float,
     squares: Float[Tensor, " out"],
 ) -> Float[Tensor, " out"]:
-    """‖W + s B A‖ of each row with no (out, in) product: two thin ones, and the row's own ‖W‖², which never changes.
+    """‖W + s B A‖ of each row without an (out, in) product: two thin ones and ‖W‖², which never changes.
 
         ‖W + s B A‖² = ‖W‖² + 2 s Σ (W Aᵀ ⊙ B) + s² Σ (B (A Aᵀ) ⊙ B)
 
     Args:
         W: in any precision; it is read in blocks of rows, each in the precision of A.
-        squares: ‖W‖².
+        squares: ‖W‖² of each row.
     """
-    cross = torch.cat([block.to(A.dtype) @ A.T for block in W.split(ROWS)]).mul_(B).sum(1)
+    cross = torch.cat([block.to(A.dtype) @ A.T for block in W.split(ROW_BLOCK)]).mul_(B).sum(1)
     update = scaling**2 * (B @ (A @ A.T)).mul_(B).sum(1)
     total = squares + 2 * scaling * cross + update
     lost = total < CANCELS * (squares + update)
-    if lost.any():
-        directly = [
-            _squares(block[some].double() + scaling * B_block[some].double() @ A.double())
-            for block, B_block, some in zip(W.split(ROWS), B.split(ROWS), lost.split(ROWS), strict=True)
-        ]
-        total[lost] = torch.cat(directly).to(total.dtype)
+    if not lost.is_meta and lost.any():  # those rows directly
+        blocks = zip(W.split(ROW_BLOCK), B.split(ROW_BLOCK), lost.split(ROW_BLOCK), strict=True)
+        direct = [w[i].double() + scaling * b[i].double() @ A.double() for w, b, i in blocks]
+        total[lost] = torch.cat([part.square().sum(1) for part in direct]).to(total.dtype)
     return total.sqrt_()
-
-
-def _squares(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1).square_()
-
-
-def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m/n, never zero nor divided by zero."""
-    gain = magnitude / norm.clamp_min(TINY)
-    return gain.masked_fill_(gain.abs() < TINY, TINY)
-
-
-def _state(weight: Tensor | NF4Tensor) -> tuple[int, int]:
-    stored = weight.packed if isinstance(weight, NF4Tensor) else weight
-    return stored.data_ptr(), stored._version
-
-
-class _ScaleRows(torch.autograd.Function):
-    """m/n · (z − b) + b, written into z where it can be. It keeps m/n · (z − b), most often its own output.
-
-    The magnitude's gradient Σ grad ⊙ (z − b) / n needs no z of its own then.
-    """
-
-    @staticmethod
-    def forward(ctx, z, magnitude, norm, b, dtype):
-        gain = _gain(magnitude, norm)
-        if b is not None:
-            plain = z - b
-            out = torch.addcmul(z, gain - 1, plain).to(dtype)  # where m = n it is z, to the last bit
-            scaled = plain.mul_(gain).to(dtype)
-        elif z.dtype == dtype:
-            ctx.mark_dirty(z)
-            scaled = out = z.mul_(gain)
-        else:
-            scaled = out = (z * gain).to(dtype)
-        ctx.save_for_backward(scaled, gain, norm)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        scaled, gain, norm = ctx.saved_tensors
-        product = grad.to(gain.dtype) * scaled
-        grad_m = (
-            product.flatten(0, -2).sum(0) / gain / norm.clamp_min(TINY) if ctx.needs_input_grad[1] else None
-        )
-        grad_z = torch.mul(grad, gain, out=product) if ctx.needs_input_grad[0] else None
-        return grad_z, grad_m, None, None, None

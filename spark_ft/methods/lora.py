@@ -5,10 +5,15 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
+from spark_ft.methods.fused import at_least_fp32, rows, without_autocast
+from spark_ft.methods.nf4 import NF4Linear
+
+SAME_AS_LINEAR = (
+    "FalconLinear",
+)  # subclasses of nn.Linear whose own `forward` computes what nn.Linear's does
+PLAIN_WEIGHTS = ("Parameter", "FakeTensor")  # types that are just numbers; the second is a memory plan's
 
 
 class LoRALinear(nn.Module):
@@ -19,53 +24,39 @@ class LoRALinear(nn.Module):
     A starts random and B starts at zero, so a new LoRALinear computes exactly what its base computes.
 
     Args:
-        base: the layer to adapt, `nn.Linear` or one that looks like it; it is frozen here.
+        base: the `nn.Linear` or `NF4Linear` to adapt; it is frozen here.
         rank: r, rows of A and columns of B. More can express a richer update; usual: 4 to 64.
-        alpha: α; the update is scaled by α/r, so that changing r does not ask for a new learning rate.
+        alpha: α; the update is scaled by α/r, so that another r does not need another learning rate.
         dropout: probability of zeroing an input of the update (never of the base), in training only.
-        rslora: scale by α/√r instead (Kalajdzievski 2023, arXiv:2312.03732), which keeps large ranks learning.
+        rslora: scale by α/√r instead (Kalajdzievski 2023, arXiv:2312.03732), so large ranks keep learning.
 
     Attributes:
         base, lora_A (rank, in), lora_B (out, rank), scaling, enabled, merged.
 
     Raises:
-        ValueError: rank is below 1 or larger than the matrix, or dropout is not in [0, 1).
+        ValueError: `refusal(base)`, a rank below 1 or larger than the matrix, or a dropout outside [0, 1).
     """
 
     def __init__(
         self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, rslora: bool = False
     ):
         super().__init__()
-        out_features, in_features = base.out_features, base.in_features
-        if not 1 <= rank <= min(out_features, in_features):
-            raise ValueError(
-                f"rank={rank} does not fit a {out_features}×{in_features} layer; "
-                f"choose a rank from 1 to {min(out_features, in_features)}"
-            )
+        if why := refusal(base):
+            raise ValueError(f"{type(base).__name__} cannot be adapted: {why}")
+        out, inp = self.out_features, self.in_features = base.out_features, base.in_features
+        if not (most := min(out, inp)) >= rank >= 1:
+            raise ValueError(f"rank={rank} does not fit a {out}×{inp} layer; choose a rank from 1 to {most}")
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(
-                f"dropout={dropout} is not a probability below 1; choose one in [0, 1), such as 0.05"
-            )
+            raise ValueError(f"dropout={dropout} is not a probability below 1; choose one such as 0.05, or 0")
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.enabled, self.merged = True, False
-        self._quantized: tuple[
-            NF4Linear, ...
-        ] = ()  # the base that a merge replaced; in a tuple, so that it is no submodule
         # A bf16 step of 1e-4 would round away, so the update lives in at least fp32, as in PEFT.
-        place = {"device": base.weight.device, "dtype": _at_least_fp32(base.weight.dtype)}
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **place))
+        place = {"device": base.weight.device, "dtype": at_least_fp32(base.weight.dtype)}
+        self.lora_A = nn.Parameter(torch.empty(rank, inp, **place))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, **place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -76,102 +67,57 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if not self.merged:
-            return self._adapted(x) if self.enabled else self.base(x)
-        if self._quantized:
-            return (
-                self.base(x.to(self.base.weight.dtype)).to(x.dtype) if self.enabled else self._quantized[0](x)
-            )
-        # merged and disabled at once is rare: the update is taken out again
-        return self.base(x) if self.enabled else F.linear(x, self._weights()[0].to(x.dtype), self.bias)
+        if self.merged or not self.enabled:
+            return self._base_output(x)
+        out, A, B = self.base(x), self.lora_A, self.lora_B
+        low = rows(F.dropout(x.to(A.dtype), self.dropout, self.training)) @ A.T
+        y = torch.addmm(rows(out).to(low.dtype), low, B.T, alpha=self.scaling)  # out + s · (x Aᵀ) Bᵀ
+        return y.view(out.shape).to(out.dtype)
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        return self._add_update(out, self._dropped(x)).to(out.dtype)
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-
-    def _add_update(self, out: Tensor, x: Tensor) -> Tensor:
-        return _AddLowRank.apply(out, x, self.lora_A, self.lora_B, self.scaling)
+    def _base_output(self, x: Tensor) -> Tensor:
+        if self.enabled or not self.merged:
+            return self.base(x)
+        return F.linear(x, self._weights()[0].to(x.dtype), self.bias)  # rare: the update is taken out
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """ΔW = scaling · B A, what `merge` adds to the base weight."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        with without_autocast(self.lora_A.device):
+            return self.scaling * (self.lora_B @ self.lora_A)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
-        """The weight without and with the update, in the adapter's precision; while merged, only a dense base's."""
-        W, delta = _dense(self.base.weight, self.lora_A.dtype), self.delta_weight()
+        """The weight without and with the update, in the adapter's precision."""
+        W, delta = self.weight.to(self.lora_A.dtype), self.delta_weight()
         return (W - delta, W) if self.merged else (W, W + delta)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put W + ΔW in the base weight's place: the same outputs with no extra work. Merging twice changes nothing.
-
-        A 4-bit base becomes a bf16 layer, four times as large: in 4 bits again, the sum would lose what was learned.
-        """
+        """Put W + ΔW in the base weight's place: the same outputs with no extra work; twice is once."""
+        if isinstance(self.base, NF4Linear):
+            raise ValueError("4 bits cannot hold W + ΔW; call merge_adapters(model), which dequantizes first")
         if not self.merged:
-            weight = self._weights()[1]
-            if isinstance(self.base, NF4Linear):
-                self._quantized, self.base = (self.base,), self.base.to_linear(torch.bfloat16)
-            self.base.weight.copy_(weight)
+            self.weight.copy_(self._weights()[1])
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W in its place again: to within the rounding of its dtype, or the 4-bit base itself."""
+        """Put W in its place again, to within the rounding of its dtype; twice is once."""
         if self.merged:
-            if self._quantized:
-                (self.base,), self._quantized = self._quantized, ()
-            else:
-                self.base.weight.copy_(self._weights()[0])
+            self.weight.copy_(self._weights()[0])
             self.merged = False
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, NF4Tensor) else weight.to(dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-class _AddLowRank(torch.autograd.Function):
-    """out + scaling · (x Aᵀ) Bᵀ in the precision of A, written into `out` where it can be.
-
-    x is all it keeps; x Aᵀ is computed again in backward, which is cheaper than to keep it.
-    """
-
-    @staticmethod
-    def forward(ctx, out, x, A, B, scaling):
-        ctx.save_for_backward(x, A, B)
-        ctx.scaling = scaling
-        low = _rows(x) @ A.T
-        if (
-            out.dtype == A.dtype and out.is_contiguous()
-        ):  # else its rows would be a copy, and the update lost with it
-            ctx.mark_dirty(out)
-            _rows(out).addmm_(low, B.T, alpha=scaling)
-            return out
-        return torch.addmm(_rows(out).to(A.dtype), low, B.T, alpha=scaling).view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, A, B = ctx.saved_tensors
-        x2, grad2 = _rows(x), _rows(grad).to(A.dtype)
-        grad_low = (grad2 @ B).mul_(ctx.scaling)
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        grad_x = (grad_low @ A).view_as(x) if needs_x else None
-        grad_A = grad_low.T @ x2 if needs_A else None
-        grad_B = (
-            ((x2 @ A.T).T @ grad2).mul_(ctx.scaling).T if needs_B else None
-        )  # this way round the product is faster
-        return grad, grad_x, grad_A, grad_B, None
+def refusal(layer: nn.Module) -> str:
+    """Why a layer cannot be adapted, with the mend; empty if it computes x Wᵀ + b from plain numbers W."""
+    kind, weight = type(layer), layer._parameters.get("weight")
+    if isinstance(layer, LoRALinear):
+        return "it has an adapter already; merge that first"
+    plain = type(weight).__name__ in PLAIN_WEIGHTS and weight.is_floating_point() and weight.itemsize > 1
+    if isinstance(layer, nn.Linear) and not plain:
+        what = f"its weight ({getattr(weight, 'dtype', 'computed')}) is not a plain one of 16 bits or more"
+        return f'{what}; load a copy of the model that has such weights, or load_model(…, quantize="nf4")'
+    if isinstance(layer, NF4Linear) or kind.forward is nn.Linear.forward or kind.__name__ in SAME_AS_LINEAR:
+        return ""
+    return "its forward is not nn.Linear's x Wᵀ + b; choose targets without it"

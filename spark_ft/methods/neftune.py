@@ -15,18 +15,18 @@ def neftune_noise(
     alpha: float,
     lengths: Int[Tensor, " batch"] | Sequence[int] | None = None,
 ) -> Float[Tensor, "batch seq width"]:
-    """Embeddings with uniform noise whose expected norm is α/√3 whatever a text's length L and the model's width d.
+    """Embeddings with uniform noise whose expected norm is α/√3 for any length L of a text and any width d.
 
         e + ε,   ε ~ U(−α/√(L·d), +α/√(L·d))          (Jain et al. 2023, algorithm 1)
 
     Args:
         embeddings: what the embedding layer gave; a new tensor is returned.
-        alpha: α, 5 to 15 in the paper; more is noisier. 0 returns the embeddings themselves and draws no random number.
-        lengths: each text's number of tokens, padding on the right. With it L is a text's own length and its padding stays
-            clean, as in the authors' code; without it L is the padded length, as in transformers.
+        alpha: α, 5 to 15 in the paper; more is noisier. 0 returns the embeddings and draws no random number.
+        lengths: each text's number of tokens, padding on the right. With it L is a text's own length and its
+            padding stays clean, as in the authors' code; without it L is `seq`, as in transformers.
 
     Raises:
-        ValueError: there is not one length for each text, or one is longer than `seq`.
+        ValueError: there is not one length per text, or one is longer than `seq`.
     """
     if alpha == 0:
         return embeddings
@@ -36,14 +36,12 @@ def neftune_noise(
         return embeddings + torch.zeros_like(embeddings).uniform_(-bound, bound)
     lengths = torch.as_tensor(lengths, device=embeddings.device)
     if lengths.shape != (batch,) or (lengths > seq).any():
-        raise ValueError(
-            f"lengths={lengths.tolist()} do not fit {batch} texts of at most {seq} tokens; give one for each"
-        )
+        found = f"lengths={lengths.tolist()} do not fit {batch} texts of at most {seq} tokens"
+        raise ValueError(f"{found}; give one per text")
     return _masked_noise(embeddings, alpha, torch.arange(seq, device=embeddings.device) < lengths[:, None])
 
 
 def _masked_noise(embeddings: Tensor, alpha: float, real: Tensor) -> Tensor:
-    """Noise on the real tokens (batch, seq) alone, scaled by their number in each row."""
     bound = alpha / (real.sum(1, keepdim=True).clamp_min(1) * embeddings.shape[-1]).sqrt() * real
     noise = torch.zeros_like(embeddings).uniform_(-1, 1)
     return embeddings + (noise * bound[..., None]).to(embeddings.dtype)
@@ -51,10 +49,10 @@ def _masked_noise(embeddings: Tensor, alpha: float, real: Tensor) -> Tensor:
 
 @contextmanager
 def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Iterator[nn.Module]:
-    """Inside the block the model trains on noisy embeddings; outside it, an exception or not, it is as before.
+    """Inside the block the model trains on noisy embeddings; it is restored on exit, even after an exception.
 
-    There is noise only where the embedding layer is in training mode *and* gradients are on *and* no adapter is disabled: not
-    in evaluation, and not in a reference pass. Sequences packed in one row get noise by their own lengths.
+    There is noise only where `draws_noise`: not in evaluation, not in a reference pass. Sequences packed in
+    one row get noise by their own lengths. Put adapters on before the block begins.
 
     Args:
         model: one with `get_input_embeddings()`, as all of transformers' have.
@@ -69,7 +67,7 @@ def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Itera
     embedding, backbone = model.get_input_embeddings(), getattr(model, "base_model", model)
     if getattr(embedding, "neftune_alpha", 0):
         raise ValueError(
-            "NEFTune is on already for this model; leave the other block first, or the noise would count twice"
+            "NEFTune is on already for this model: the noise would count twice; leave that block first"
         )
     call: dict = {}
 
@@ -87,24 +85,19 @@ def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Itera
         return neftune_noise(embeddings, alpha)
 
     embedding.neftune_alpha = alpha
-    hooks = [
-        backbone.register_forward_pre_hook(remember, with_kwargs=True),
-        embedding.register_forward_hook(add_noise),
-    ]
+    embedding.neftune_adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = backbone.register_forward_pre_hook(remember, with_kwargs=True)
+    after = embedding.register_forward_hook(add_noise)
     try:
         yield model
     finally:
-        for hook in hooks:
-            hook.remove()
-        del embedding.neftune_alpha
+        before.remove()
+        after.remove()
+        del embedding.neftune_alpha, embedding.neftune_adapters
 
 
 def draws_noise(model: nn.Module) -> bool:
-    """Whether a forward pass of the model now would add NEFTune's noise to its embeddings."""
+    """Whether a forward pass would add noise now: in training, with gradients, with no adapter disabled."""
     embedding = model.get_input_embeddings()
-    return bool(
-        getattr(embedding, "neftune_alpha", 0)
-        and embedding.training
-        and torch.is_grad_enabled()
-        and all(module.enabled for module in model.modules() if isinstance(module, LoRALinear))
-    )
+    on = getattr(embedding, "neftune_alpha", 0) > 0 and embedding.training and torch.is_grad_enabled()
+    return on and all(layer.enabled for layer in embedding.neftune_adapters)

@@ -1,44 +1,51 @@
-"""NF4: weights in 4 bits, for QLoRA (Dettmers et al. 2023, arXiv:2305.14314); the same bytes that bitsandbytes makes."""
+"""NF4: weights in 4 bits, for QLoRA (Dettmers et al. 2023, arXiv:2305.14314); its bytes are bitsandbytes'."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Sixteen values that a normal distribution, scaled to ±1 block by block, fills about equally; zero is exact (appendix E).
-NF4_CODE = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
-)  # fmt: skip
-SCALES = 256  # scales of blocks that share one scale of their own, in double quantization
-CHUNK = 2**20  # numbers quantized or dequantized at a time: what that needs beside its result stays small
+from spark_ft.methods.fused import NF4Product, as_in_autocast
+
+# Sixteen values that normal numbers, scaled to ±1 in blocks, use about equally; zero is exact (appendix E).
+NF4_CODE = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0
+])  # fmt: skip
+SCALE_GROUP = 256  # block scales that share one scale of their own, in double quantization
+CODED_AT_ONCE = 2**20  # numbers to quantize or dequantize at a time, so that little is needed beside them
 DENSE = {"cpu": 2**22, "cuda": 2**25}  # numbers of a weight in full precision at a time, in a product
 
 
 def _scale_code() -> Tensor:
-    """256 values in ±1 for scales in 8 bits: decimal exponents −6 to 0, with 1, 2, 4, … 64 equal steps in each; 0 and 1."""
+    """256 values for scales in 8 bits: ±1, 2, 4, … 64 equal steps in each of seven decades to 1; 0 and 1."""
     edges = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
     steps = torch.cat([10.0 ** (e - 6) * (edge[1:] + edge[:-1]) / 2 for e, edge in enumerate(edges)])
     return torch.cat([-steps, steps, torch.tensor([0.0, 1.0])]).sort().values
 
 
 SCALE_CODE = _scale_code()
+# Both values of each byte as one int64: one lookup fetches two fp32 numbers.
+_CODE_PAIRS = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1).view(torch.int64)[:, 0]
+_TABLES = {torch.device("cpu"): (_CODE_PAIRS, SCALE_CODE)}
+
+
+def _on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both tables on a device, copied there once; fake ones, which a memory plan makes, are not kept."""
+    tables = _TABLES.get(device) or (_CODE_PAIRS.to(device), SCALE_CODE.to(device))
+    return _TABLES.setdefault(device, tables) if type(tables[0]) is Tensor else tables
 
 
 class NF4Tensor(nn.Module):
-    """A weight in 4 bits a number, two to the byte, with a scale for each block of consecutive numbers, row after row.
+    """A weight in 4 bits per number, two to the byte, with a scale for each block of consecutive numbers.
 
         w = NF4_CODE[code] · absmax of its block
 
-    With double quantization the scales are stored in 8 bits, absmax ≈ SCALE_CODE[c] · absmax₂ + offset, and 256 of them
-    share one absmax₂ in fp32: 4 + 8/64 + 32/(64 · 256) = 4.127 bits a number.
+    With double quantization the scales are stored in 8 bits, absmax ≈ SCALE_CODE[c] · absmax₂ + offset, and
+    256 of them share one absmax₂ in fp32: 4 + 8/64 + 32/(64 · 256) = 4.127 bits per number.
 
     Attributes:
         packed: uint8, the first of two codes in the high half.
@@ -54,9 +61,10 @@ class NF4Tensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # seen as integers, fp32 scales move to another device and stay fp32 when a model is cast to bf16
-        return super()._apply(
-            lambda t: fn(t.view(torch.int32)).view(t.dtype) if t.is_floating_point() else fn(t), recurse
-        )
+        def keeping_fp32(t: Tensor) -> Tensor:
+            return fn(t.view(torch.int32)).view(t.dtype) if t.is_floating_point() else fn(t)
+
+        return super()._apply(keeping_fp32, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -71,9 +79,9 @@ class NF4Tensor(nn.Module):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight again, coarser; `dtype` default that of the weight that was quantized."""
+        """The weight again, coarser; in the dtype of the weight that was quantized unless told otherwise."""
         flat = torch.empty(self.numel(), dtype=dtype or self.dtype, device=self.device)
-        step = CHUNK // self.block_size * self.block_size
+        step = CODED_AT_ONCE // self.block_size * self.block_size
         for start in range(0, len(flat), step):
             part = flat[start : start + step]
             part.copy_(self._numbers(start, start + len(part)))
@@ -87,12 +95,16 @@ class NF4Tensor(nn.Module):
             stop = min(start + rows, self.shape[0])
             yield self._numbers(start * width, stop * width).view(-1, width).to(dtype)
 
+    def rows_at_once(self) -> int:
+        """How many rows a product dequantizes at a time: what `DENSE` allows on this device, at least one."""
+        return max(1, DENSE["cpu" if self.device.type == "cpu" else "cuda"] // self.shape[1])
+
     def _numbers(self, start: int, stop: int) -> Tensor:
         """Numbers start … stop − 1 in fp32."""
         size = self.block_size
         first, last = start // size, -(-stop // size)
         codes = self.packed[first * size // 2 : last * size // 2].to(torch.int32)
-        numbers = _code_pairs(self.device).index_select(0, codes).view(torch.float32)
+        numbers = _on(self.device)[0].index_select(0, codes).view(torch.float32)
         scales, whole = self._scales(first, last), len(numbers) // size * size
         numbers[:whole].view(-1, size).mul_(scales[: whole // size, None])
         numbers[whole:] *= scales[-1:]  # the last block may be short
@@ -101,24 +113,17 @@ class NF4Tensor(nn.Module):
     def _scales(self, first: int, last: int) -> Tensor:
         if hasattr(self, "absmax"):
             return self.absmax[first:last]
-        which = torch.arange(first, last, device=self.device) // SCALES
+        group = torch.arange(first, last, device=self.device) // SCALE_GROUP
         codes = self.scale_codes[first:last].to(torch.int32)
-        return SCALE_CODE.to(self.device)[codes].mul_(self.scale_absmax[which]).add_(self.offset)
+        return _on(self.device)[1][codes].mul_(self.scale_absmax[group]).add_(self.offset)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, {8 * self.nbytes / max(1, self.numel()):.3f} bits a number"
-
-
-@lru_cache
-def _code_pairs(device: torch.device) -> Tensor:
-    """Of each byte both values, as one int64: one lookup fetches two fp32 numbers."""
-    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)
-    return pairs.view(torch.int64).squeeze(1).to(device)
+        return f"{tuple(self.shape)}, {8 * self.nbytes / max(1, self.numel()):.3f} bits per number"
 
 
 @torch.no_grad()
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
-    """The nearest code for every number of a weight of any shape, after each block is scaled to ±1 by its largest.
+    """The nearest code for every number of a weight of any shape, after its block is scaled to ±1.
 
     Args:
         weight: in any floating precision.
@@ -129,20 +134,16 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         ValueError: the block size is odd or not positive, or the weight is empty or holds nan or inf.
     """
     if block_size < 2 or block_size % 2:
-        raise ValueError(
-            f"block_size={block_size}; two numbers share a byte, so choose an even size, such as 64"
-        )
+        raise ValueError(f"block_size={block_size}; two numbers share a byte: choose an even size like 64")
     if not weight.numel():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize")
-    step = CHUNK // block_size * block_size
+    step = CODED_AT_ONCE // block_size * block_size
     packed, absmax = weight.new_empty(-(-weight.numel() // 2), dtype=torch.uint8), []
     for part, two_a_byte in zip(weight.reshape(-1).split(step), packed.split(step // 2), strict=True):
         blocks = F.pad(part.float(), (0, -len(part) % block_size)).view(-1, block_size)
         largest = blocks.abs().amax(1)
-        if not largest.isfinite().all():
-            raise ValueError(
-                "the weight holds nan or inf, which no code stands for; look where it comes from"
-            )
+        if not largest.is_meta and (~largest.isfinite()).any():
+            raise ValueError("the weight holds nan or inf, for which there is no code; load it again")
         codes = _nearest(blocks * (1 / largest)[:, None], NF4_CODE)
         two_a_byte.copy_((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1)[: len(two_a_byte)])
         absmax.append(largest)
@@ -150,33 +151,27 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     if not double_quant:
         return NF4Tensor(weight.shape, weight.dtype, block_size, packed=packed, absmax=absmax)
     offset = absmax.mean()
-    blocks = F.pad(absmax - offset, (0, -len(absmax) % SCALES)).view(-1, SCALES)
-    scale_absmax = blocks.abs().amax(1)
-    scale_codes = (
-        _nearest(blocks * (1 / scale_absmax)[:, None], SCALE_CODE, of_zeros=-1.0)
-        .view(-1)[: len(absmax)]
-        .clone()
-    )
-    scales = {"scale_codes": scale_codes, "scale_absmax": scale_absmax, "offset": offset}
+    groups = F.pad(absmax - offset, (0, -len(absmax) % SCALE_GROUP)).view(-1, SCALE_GROUP)
+    scale_absmax = groups.abs().amax(1)
+    codes = _nearest(groups * (1 / scale_absmax)[:, None], SCALE_CODE, of_zeros=-1.0).view(-1)
+    scales = {"scale_codes": codes[: len(absmax)].clone(), "scale_absmax": scale_absmax, "offset": offset}
     return NF4Tensor(weight.shape, weight.dtype, block_size, packed=packed, **scales)
 
 
 def _nearest(x: Tensor, code: Tensor, of_zeros: float = 0.0) -> Tensor:
     """Index of the nearest value of a sorted code, the lower of two equally near; uint8.
 
-    A block of zeros comes as nan, 0 · (1/0), and counts as `of_zeros`: its scale is zero, any code will do, and this one is
-    bitsandbytes'.
+    A block of zeros comes as nan, 0 · (1/0), and counts as `of_zeros`: any code will do where the scale is
+    zero, and this one is bitsandbytes'.
     """
-    code = code.to(x.device)
-    return torch.bucketize(x.nan_to_num_(of_zeros), (code[1:] + code[:-1]) / 2, out_int32=True).to(
-        torch.uint8
-    )
+    middles = ((code[1:] + code[:-1]) / 2).to(x.device)
+    return torch.bucketize(x.nan_to_num_(of_zeros), middles, out_int32=True).to(torch.uint8)
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is an `NF4Tensor`; it computes in the precision of its input.
+    """y = x Wᵀ + b with a frozen W in 4 bits, in the precision of x or the one that torch.autocast asks for.
 
-    Forward and backward dequantize some rows at a time and keep none of them.
+    W is dequantized some rows at a time and never kept.
     """
 
     def __init__(self, weight: NF4Tensor, bias: Tensor | None = None):
@@ -191,46 +186,12 @@ class NF4Linear(nn.Module):
         return cls(quantize_nf4(linear.weight, block_size, double_quant), linear.bias)
 
     def to_linear(self, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-        """A plain frozen layer with the dequantized weight: 2 bytes a number in bf16, where there was half a one."""
+        """A plain frozen layer with the dequantized weight, in bf16 four times as large."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight.dequantize(dtype), requires_grad=False)
         linear.bias = None if self.bias is None else nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return linear
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        out = _NF4Product.apply(x, self.weight)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
-
-
-class _NF4Product(torch.autograd.Function):
-    """x Wᵀ; backward dequantizes W again, since in 4 bits it is there anyway."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        x2 = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        rows = _rows_at_once(weight)
-        out2 = out.view(len(x2), weight.shape[0])
-        for columns, W in zip(out2.split(rows, dim=1), weight.split(rows, x.dtype), strict=True):
-            torch.mm(x2, W.T, out=columns)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad2 = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-        grad_x = grad.new_zeros(len(grad2), ctx.weight.shape[1])
-        rows = _rows_at_once(ctx.weight)
-        for columns, W in zip(grad2.split(rows, dim=1), ctx.weight.split(rows, grad.dtype), strict=True):
-            grad_x.addmm_(columns, W)
-        return grad_x.view(*grad.shape[:-1], grad_x.shape[1]), None
-
-
-def _rows_at_once(weight: NF4Tensor) -> int:
-    return max(1, DENSE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])
+        y = NF4Product.apply(as_in_autocast(x), self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,0 +1,64 @@
+"""Each gradient written by hand equals the plain line in its docstring, in value and in gradient."""
+
+import pytest
+import torch
+from helpers import relative
+from torch.nn import functional as F
+
+from spark_ft.methods import nf4
+from spark_ft.methods.fused import FrozenHead, NF4Product, ScaleRows
+from spark_ft.methods.nf4 import quantize_nf4
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same(fused, plain, inputs, tolerance):
+    """In value and in the gradient of each input, under a loss that weighs each output differently."""
+    found = []
+    for function in (fused, plain):
+        copies = [t.clone().requires_grad_() for t in inputs]
+        y = function(*(t * 1 for t in copies))  # not the leaves themselves, which one function writes into
+        slope = torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
+        found.append((y.detach(), *torch.autograd.grad(y, copies, slope)))
+    for ours, expected in zip(*found, strict=True):
+        assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+        assert relative(ours, expected) <= tolerance
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_scale_rows(bias, dtypes):
+    of, to = dtypes
+    z, gain, b = random(7, 5, dtype=of), 1 + random(5, seed=1) / 2, random(5, seed=2) if bias else None
+    gain[3] = 1e-30  # DoRA's gain is never zero: from what is kept, z is found again
+
+    def plain(z, gain):
+        return (gain * (z - (b if bias else 0)) + (b if bias else 0)).to(to)
+
+    assert_same(
+        lambda z, gain: ScaleRows.apply(z, gain, b, to), plain, (z, gain), 1e-6 if of == to else 2**-8
+    )
+    one = torch.ones(5)
+    assert torch.equal(ScaleRows.apply(z.clone(), one, b, to), z.to(to))  # to the last bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_product(dtype, monkeypatch):
+    monkeypatch.setitem(nf4.DENSE, "cpu", 7 * 16 + 3)  # 24 rows in four parts
+    weight = quantize_nf4(random(24, 16))
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for lead in ((), (3,), (2, 5)):
+        x = random(*lead, 16, dtype=dtype)
+        plain = lambda x: x @ weight.dequantize(x.dtype).T  # noqa: E731
+        assert_same(lambda x: NF4Product.apply(x, weight), plain, (x,), tolerance)
+
+
+def test_frozen_head():
+    head, targets = random(30, 6), torch.arange(12) % 30
+
+    def plain(hidden):
+        return F.log_softmax(hidden @ head.T, 1).gather(1, targets[:, None])[:, 0]
+
+    assert_same(lambda hidden: FrozenHead.apply(hidden, head, targets, 5), plain, (random(12, 6),), 1e-6)
