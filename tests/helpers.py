@@ -211,7 +211,7 @@ def refuses(check, *rows, times=1, answers=lambda wrong: wrong):
 
 
 def complains(*rows):
-    """Require that each call raises a ValueError with all of the parts in its text, and list all rows where not.
+    """Require that each call raises a ValueError whose text has all of its parts; list all rows where not.
 
     rows: (function, its arguments as a tuple, part, part, …).
     """

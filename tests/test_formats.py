@@ -1,9 +1,9 @@
 """Conversions: what comes back is what went in, and a bad row is named with its field and mend."""
 
 import copy
-import re
+import math
 
-import pytest
+from helpers import complains
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,7 @@ EXTRA = st.dictionaries(
     st.sampled_from(["id", "source", "score", "tags"]), st.none() | st.integers() | TEXT | st.lists(TEXT)
 )
 CHAT = {"messages": [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Leek."}]}
+SFT = {"prompt": "p", "completion": "c"}
 ALPACA = {"instruction": "Name it.", "input": "A leek soup.", "output": "Vichyssoise."}
 
 
@@ -42,7 +43,7 @@ def unchanged(convert, row):
     return result
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- there and back --------------------------------------------------------------------------------------
 
 
 @given(rows(conversations=turns("from", "value", list(SHAREGPT))))
@@ -62,40 +63,64 @@ def test_messages_to_sharegpt_and_back_is_the_same_row(row):
     assert f.sharegpt_to_messages(there) == row
 
 
-OPTIONAL = st.fixed_dictionaries(
-    {}, optional={"input": st.text(max_size=20) | TEXT | st.just("\n\n"), "system": TEXT}
-)
+EMPTY = st.none() | st.just("") | st.just([])
+EXCHANGES = st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=3)
+INPUT = st.text(max_size=20) | TEXT | st.just("\n\n")
+OPTIONAL = {"input": INPUT, "system": EMPTY | TEXT, "history": EMPTY | EXCHANGES, "tools": EMPTY}
 
 
 @settings(max_examples=300)
-@given(rows(instruction=TEXT, output=TEXT), OPTIONAL)
-def test_alpaca_to_messages_and_back_is_the_same_row(row, optional):
+@given(rows(instruction=TEXT, output=TEXT), st.fixed_dictionaries({}, optional=OPTIONAL))
+def test_alpaca_to_messages_and_back_is_the_same_row_but_for_empty_fields(row, optional):
     row = {**row, **optional}
     there = unchanged(f.alpaca_to_messages, row)
-    user = next(m["content"] for m in there["messages"] if m["role"] == "user")
+    *before, user, answer = [m["content"] for m in there["messages"]]
     assert user == (f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"])
-    assert there["messages"][-1] == {"role": "assistant", "content": row["output"]}
-    assert unchanged(f.messages_to_alpaca, there) == row
+    assert answer == row["output"]
+    system = [row["system"]] if row.get("system") else []
+    assert before == [*system, *(text for exchange in row.get("history") or [] for text in exchange)]
+    empty = {key for key in ("system", "history") if not row.get(key)}
+    assert unchanged(f.messages_to_alpaca, there) == {key: row[key] for key in row if key not in empty}
 
 
-@pytest.mark.parametrize(
-    ("instruction", "input"), [("a\n\nb", "c"), ("a", "b\n\nc"), ("a\n", "\nb"), ("a\n\n", "b")]
-)
-def test_alpaca_comes_back_when_the_texts_hold_blank_lines(instruction, input):
-    row = {"instruction": instruction, "input": input, "output": "x"}
-    assert f.messages_to_alpaca(f.alpaca_to_messages(row)) == row
+@given(rows(conversations=turns("from", "value", ["human", "gpt"])), TEXT)
+def test_a_system_beside_a_conversation_becomes_its_first_turn_and_comes_back(row, system):
+    row = {**row, "system": system}
+    there = unchanged(f.sharegpt_to_messages, row)
+    assert there["messages"][0]["role"] == "system"
+    assert there["messages"][0]["content"] == system
+    assert "system" not in there
+    assert f.messages_to_sharegpt(there) == row
 
 
-@given(TEXT, TEXT, st.none() | TEXT)
-def test_a_chat_that_never_was_alpaca_goes_there_and_back(question, answer, system):
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    row = {"id": 7, "messages": [{"role": "system", "content": system}, *messages] if system else messages}
+def test_empty_optional_fields_are_as_good_as_absent():
+    for empty in (None, "", " ", []):
+        extra = {"system": empty, "history": empty, "tools": empty, "images": empty}
+        converted = f.alpaca_to_messages({**ALPACA, **extra})
+        assert converted["messages"] == f.alpaca_to_messages(ALPACA)["messages"]
+        assert "system" not in f.sft_to_messages({**SFT, **extra})
+        assert f.messages_to_alpaca({**CHAT, **extra})["instruction"] == "Soup?"
+
+
+def test_alpaca_comes_back_when_the_texts_hold_blank_lines():
+    for instruction, input in [("a\n\nb", "c"), ("a", "b\n\nc"), ("a\n", "\nb"), ("a\n\n", "b")]:
+        row = {"instruction": instruction, "input": input, "output": "x"}
+        assert f.messages_to_alpaca(f.alpaca_to_messages(row)) == row
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.none() | TEXT)
+def test_a_chat_that_never_was_alpaca_goes_there_and_back(exchanges, system):
+    texts = [("system", system)] if system else []
+    for question, answer in exchanges:
+        texts += [("user", question), ("assistant", answer)]
+    row = {"id": 7, "messages": [{"role": role, "content": text} for role, text in texts]}
     assert f.messages_to_alpaca(row)["input"] == ""
     assert f.alpaca_to_messages(f.messages_to_alpaca(row)) == row
 
 
-@given(rows(prompt=TEXT, completion=TEXT))
-def test_sft_to_messages_and_back_is_the_same_row(row):
+@given(rows(prompt=TEXT, completion=TEXT), st.fixed_dictionaries({}, optional={"system": TEXT}))
+def test_sft_to_messages_and_back_is_the_same_row(row, system):
+    row = {**row, **system}
     assert f.messages_to_sft(unchanged(f.sft_to_messages, row)) == row
 
 
@@ -121,7 +146,7 @@ def test_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
     assert (tmp_path / "back.jsonl").read_bytes() == path.read_bytes()
 
 
-# --- pairs and thumbs ------------------------------------------------------------------------------------------------
+# --- pairs and thumbs ------------------------------------------------------------------------------------
 
 PAIRS = st.lists(
     st.fixed_dictionaries(
@@ -151,6 +176,9 @@ def test_thumbs_that_find_no_partner_make_no_pair():
         {"prompt": "p", "chosen": "good", "rejected": "bad", "cook": "Ana"}
     ]
     assert f.thumbs_to_pairs([thumb, {**thumb, "label": False}]) == [], "an answer is no better than itself"
+    for field in ("system", "tools"):
+        asked = {field: "Be brief." if field == "system" else [{"type": "function"}]}
+        assert f.thumbs_to_pairs([thumb, {**down, **asked}]) == [], f"another {field} is another prompt"
 
 
 def test_ratings_become_thumbs_and_the_middle_is_dropped():
@@ -163,13 +191,9 @@ def test_ratings_become_thumbs_and_the_middle_is_dropped():
         (5, True),
     ]
     assert f.thumbs_to_pairs(thumbs)[0] == {"prompt": "p", "chosen": "4", "rejected": "1"}
-    with pytest.raises(ValueError, match=r'row 1: "rating" must be a number, not \'good\'; write one'):
-        f.ratings_to_thumbs([rows[0], {**rows[0], "rating": "good"}])
-    with pytest.raises(ValueError, match="down=3 is not below up=3"):
-        f.ratings_to_thumbs(rows, up=3, down=3)
 
 
-# --- datasets --------------------------------------------------------------------------------------------------------
+# --- datasets --------------------------------------------------------------------------------------------
 
 
 def test_a_dataset_gives_back_the_rows_with_fields_that_only_some_have():
@@ -189,125 +213,98 @@ def test_a_converted_dataset_is_the_converted_rows():
     assert f.from_dataset(mapped) == [f.sharegpt_to_messages(row) for row in rows]
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("convert", "row", "field", "mend"),
-    [
-        (f.sharegpt_to_messages, {}, '"conversations" is missing', "a row of kind"),
+def test_a_bad_row_is_named_by_field_and_mend():
+    def turn(who, text, **more):
+        return {"from": who, "value": text, **more}
+
+    def sharegpt(*turns, **more):
+        return ({"conversations": list(turns), **more},)
+
+    def chat(*messages, **more):
+        return ({"messages": list(messages), **more},)
+
+    user, answer = CHAT["messages"]
+    double = chat({"role": "system", "content": "x"}, answer, system="y")
+    complains(
+        (f.sharegpt_to_messages, ({},), '"conversations" is missing', "a row of kind"),
+        (f.sharegpt_to_messages, ({"conversations": "hi"},), "must be a list of messages", '[{"from": …'),
+        (f.sharegpt_to_messages, sharegpt(turn("me", "a")), 'at [0]: "from" is "me"', "use one of"),
+        (f.sharegpt_to_messages, sharegpt({"from": "gpt"}), 'at [0]: "value" is missing', "fill it in"),
+        (f.sharegpt_to_messages, sharegpt(turn("gpt", "")), 'at [0]: "value" is empty', "fill it in"),
+        (f.sharegpt_to_messages, sharegpt(turn("gpt", "a", role=1)), '"role" is there', "rename"),
+        (f.sharegpt_to_messages, sharegpt(turn("gpt", "a"), messages=1), '"messages" is', "rename"),
         (
             f.sharegpt_to_messages,
-            {"conversations": "hi"},
-            '"conversations" must be a list of messages',
-            '[{"from": …',
+            sharegpt(turn("system", "a"), system="b"),
+            "beside a system turn",
+            "one of them",
         ),
-        (
-            f.sharegpt_to_messages,
-            {"conversations": [{"from": "me", "value": "a"}]},
-            'at [0] has "from" "me"',
-            "use one of",
-        ),
-        (
-            f.sharegpt_to_messages,
-            {"conversations": [{"from": "gpt"}]},
-            'at [0]: "value" is missing',
-            "fill it in",
-        ),
-        (
-            f.sharegpt_to_messages,
-            {"conversations": [{"from": "gpt", "value": ""}]},
-            'at [0]: "value" is empty',
-            "fill it",
-        ),
-        (
-            f.sharegpt_to_messages,
-            {"conversations": [{"from": "gpt", "value": "a", "role": 1}]},
-            '"role" is there',
-            "rename",
-        ),
-        (
-            f.sharegpt_to_messages,
-            {"conversations": [{"from": "gpt", "value": "a"}], "messages": 1},
-            '"messages" is',
-            "rename",
-        ),
-        (
-            f.messages_to_sharegpt,
-            {"messages": [{"role": "user", "content": "a", "from": "gpt"}]},
-            '"from" is "gpt"',
-            "mend",
-        ),
+        (f.messages_to_sharegpt, double, '"system" stands beside a system turn; keep one'),
+        (f.messages_to_sharegpt, chat({**user, "from": "gpt"}), '"from" is "gpt"', "mend the role"),
         (
             f.alpaca_to_messages,
-            {"instruction": "a", "input": ""},
+            ({"instruction": "a", "input": ""},),
             '"output" is missing',
             "instruction, output",
         ),
-        (f.alpaca_to_messages, {**ALPACA, "input": None}, '"input" must be a text, not null', 'write ""'),
-        (f.alpaca_to_messages, {**ALPACA, "instruction": " "}, '"instruction" is empty', "fill it in"),
         (
             f.alpaca_to_messages,
-            {**ALPACA, "system": 3},
-            '"system" must be a text, not a number',
-            "put it in quotes",
+            ({**ALPACA, "input": 3},),
+            '"input" must be a text, not a number',
+            "write it as one",
         ),
-        (f.alpaca_to_messages, {**ALPACA, "messages": []}, '"messages" is there already', "rename it"),
+        (f.alpaca_to_messages, ({**ALPACA, "instruction": " "},), '"instruction" is empty', "fill it in"),
+        (f.alpaca_to_messages, ({**ALPACA, "system": 3},), '"system" must be a text, not a number'),
         (
-            f.messages_to_alpaca,
-            {"messages": CHAT["messages"] * 2},
-            "user, assistant, user, assistant",
-            "use ShareGPT",
+            f.alpaca_to_messages,
+            ({**ALPACA, "history": ["a"]},),
+            '"history" must be a list',
+            '[["question", "answer"]',
         ),
-        (f.messages_to_alpaca, {**CHAT, "input_start": 3}, '"input_start" is 3', "take the field out"),
-        (
-            f.messages_to_alpaca,
-            {"messages": [{**m, "n": 1} for m in CHAT["messages"]]},
-            "hold n",
-            "take it out",
-        ),
-        (f.messages_to_sft, {"messages": CHAT["messages"][:1]}, '"messages" are user', "keep the messages"),
-        (
-            f.messages_to_chatml,
-            {"messages": [{"role": "user", "content": "a<|im_end|>"}]},
-            'at [0]: "content"',
-            "take it out",
-        ),
-        (f.chatml_to_messages, "", '"messages" is empty', "fill it in"),
+        (f.alpaca_to_messages, ({**ALPACA, "messages": 1},), '"messages" is there already', "rename it"),
+        (f.messages_to_alpaca, chat(user, answer, user), "user, assistant, user", "use ShareGPT"),
+        (f.messages_to_alpaca, ({**CHAT, "input_start": 3},), '"input_start" is 3', "take the field out"),
+        (f.messages_to_alpaca, chat(user, {**answer, "weight": 0}), "hold weight", "take it out"),
+        (f.messages_to_sft, chat(user), '"messages" are user', "keep the messages"),
+        (f.messages_to_sft, chat(user, answer, user, answer), "user, assistant, user, assistant", "keep"),
+        (f.messages_to_chatml, chat({**user, "content": "a<|im_end|>"}), 'at [0]: "content"', "take it out"),
+        (f.messages_to_chatml, chat({**user, "name": "Ana"}), "hold name", "take it out"),
+        (f.messages_to_chatml, chat(user, tools=[{"type": "function"}]), '"tools" has no place in ChatML'),
+        (f.chatml_to_messages, ("",), '"messages" is empty', "fill it in"),
         (
             f.chatml_to_messages,
-            "hello <|im_start|>user\na<|im_end|>",
+            ("hello <|im_start|>user\na<|im_end|>",),
             "at character 0, 'hello",
             "write each as",
         ),
-        (f.chatml_to_messages, "<|im_start|>user\na", "at character 0, '<|im_start", "write each as"),
+        (f.chatml_to_messages, ("<|im_start|>user\na",), "at character 0, '<|im_start", "write each as"),
         (
             f.chatml_to_messages,
-            "<|im_start|>user\na<|im_start|>user\nb<|im_end|>",
+            ("<|im_start|>user\na<|im_start|>user\nb<|im_end|>",),
             "at character 0",
-            "write each as",
+            "write each",
         ),
         (
             f.chatml_to_messages,
-            "<|im_start|>chef\na<|im_end|>",
-            'at [0] has the role "chef"',
+            ("<|im_start|>chef\na<|im_end|>",),
+            'at [0]: "role" is "chef"',
             "use one of system",
         ),
-        (
-            f.pairs_to_thumbs,
-            [{"prompt": "p", "chosen": "a", "rejected": "a"}],
-            'row 0: "chosen" equals',
-            "change one",
-        ),
+        (f.pairs_to_thumbs, ([{"prompt": "p", "chosen": "a", "rejected": "a"}],), 'row 0: "chosen" equals'),
         (
             f.thumbs_to_pairs,
-            [{"prompt": "p", "completion": "a", "label": 1}],
+            ([{"prompt": "p", "completion": "a", "label": 1}],),
             'row 0: "label" must be true',
-            "thumb",
         ),
-    ],
-)
-def test_a_bad_row_is_named_by_field_and_mend(convert, row, field, mend):
-    with pytest.raises(ValueError, match=re.escape(field)) as error:
-        convert(row)
-    assert mend in str(error.value)
+        (
+            f.ratings_to_thumbs,
+            ([{**SFT, "rating": "good"}],),
+            "row 0: \"rating\" must be a number, not 'good'; write",
+        ),
+        (f.ratings_to_thumbs, ([{**SFT, "rating": math.nan}],), 'row 0: "rating" must be a number, not nan'),
+        (f.ratings_to_thumbs, ([], 3, 3), "down=3 is not below up=3"),
+        (f.to_dataset, ([{"id": 1}, {"id": "two"}],), '"id" does not make a column', "one type in all rows"),
+    )

@@ -24,7 +24,7 @@ def test_judged_pairs_puts_every_good_answer_against_every_bad_one():
         {"prompt": "a", "chosen": "30 g", "rejected": "1 cup"},
         {"prompt": "a", "chosen": "40 g", "rejected": "1 cup"},
     ]
-    with pytest.raises(ValueError, match="2 lists of answers for 1 prompts; there must be one for each"):
+    with pytest.raises(ValueError, match="2 lists of answers for 1 prompts; give one for each"):
         judged_pairs(["a"], answers[:2], is_metric)
 
 
@@ -61,7 +61,7 @@ def test_balanced_pairs_keep_the_ratio_and_leave_length_at_chance(lengths, toler
 
 
 def test_balancing_takes_the_length_out_of_pairs_where_longer_is_better():
-    """Chosen answers are half as long again on average, the classifier sees only lengths; enough pairs remain to train on."""
+    """Chosen answers are half as long again on average; after balancing, enough rows remain to train on."""
     rng = random.Random(0)
     lengths = [(i, rng.randint(60, 240), rng.randint(40, 160)) for i in range(300) for _ in range(4)]
     pairs = [pair(*row) for row in lengths]
@@ -71,9 +71,7 @@ def test_balancing_takes_the_length_out_of_pairs_where_longer_is_better():
     assert len(kept) >= 100
     assert 0.95 <= length_ratio(kept) <= 1.05
 
-    def threshold_accuracy(
-        cut,
-    ):  # "the longer wins if the gap is under the cut, else the shorter", learned from nothing else
+    def threshold_accuracy(cut):  # "the longer wins if the gap is under the cut, else the shorter"
         gaps = [len(row["chosen"]) - len(row["rejected"]) for row in kept]
         return mean((gap > 0) == (abs(gap) < cut) for gap in gaps if gap)
 
@@ -85,17 +83,15 @@ def test_length_can_be_counted_in_tokens_or_words():
     assert length_ratio(rows, lambda text: len(text.split())) == 1.5
     assert length_ratio(rows) == 5 / 17
     assert length_baseline(rows, lambda text: len(text.split())).value == 1
-    with pytest.raises(ValueError, match="no pair has answers of different lengths"):
+    with pytest.raises(ValueError, match="no row has answers of different lengths"):
         length_baseline([pair(0, 3, 3)])
 
 
 @pytest.mark.slow
 def test_sampling_the_embedded_model_is_seeded_and_ends_its_answers(embedded):
     model, tokenizer = embedded
-    prompts, settings = (
-        ["Hello", "Hi"],
-        {"n": 4, "temperature": 0.7, "max_new_tokens": 12},
-    )  # answered in ten tokens, mostly
+    prompts = ["Hello", "Hi"]  # answered in ten tokens, mostly
+    settings = {"n": 4, "temperature": 0.7, "max_new_tokens": 12}
     state = torch.get_rng_state()
     answers = sample(model, tokenizer, prompts, **settings, seed=1)
     assert torch.equal(torch.get_rng_state(), state)

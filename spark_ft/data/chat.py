@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from spark_ft.data.records import REFUSED, Record, find_fault, is_empty
+from spark_ft.data.records import REFUSED, Record, find_fault, given
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -37,7 +37,7 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
     if answer is None and (complaint := find_fault(record, "chat" if chat else "sft")):
         raise ValueError(complaint)
     if chat:
-        messages = [{k: v for k, v in message.items() if not is_empty(v)} for message in record["messages"]]
+        messages = [{k: m[k] for k in m if given(m, k) is not None} for m in record["messages"]]
         names = [f'"messages" at [{i}]' for i in range(len(messages))]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError('"messages" must end with an answer by the assistant; add one')
@@ -52,11 +52,11 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
             raise ValueError(f'{name} has "{more[0]}", which is not rendered; {mend}, or take it out')
         if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
             raise ValueError(f"{name} has the weight {message['weight']!r}; only answers have one, 0 or 1")
-    if not is_empty(record.get("system")):
-        messages, names = [{"role": "system", "content": record["system"]}, *messages], ['"system"', *names]
+    if system := given(record, "system"):
+        messages, names = [{"role": "system", "content": system}, *messages], ['"system"', *names]
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     learnable = [message.get("weight") != 0 for message in messages]
-    return Conversation(turns, names, learnable, record.get("tools") or None)
+    return Conversation(turns, names, learnable, given(record, "tools"))
 
 
 def render(record: Record, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:

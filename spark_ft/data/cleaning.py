@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import eq
 from typing import Any, NamedTuple
 
-from spark_ft.data.records import ALPACA_BESIDE, KINDS, Check, Record, is_empty, text_fault
+from spark_ft.data.records import ALPACA_BESIDE, KINDS, Check, Record, given, text_fault
 
 SAME = 0.7  # share of trigrams from which two texts count as one
 # Thai to Burmese, Khmer, kana and Chinese characters: scripts without spaces between words
@@ -64,7 +64,7 @@ def drop_exact_duplicates(records: Iterable[Record]) -> Cleaned:
     first: dict[tuple, int] = {}
 
     def copy(index: int, record: Record) -> tuple[str, int] | None:
-        original = first.setdefault((*_key(record), str(record.get("tools") or "")), index)
+        original = first.setdefault((*_key(record), str(given(record, "tools"))), index)
         return None if original == index else (f"equals row {original}", original)
 
     return _drop(records, "exact_duplicate", copy)
@@ -86,7 +86,7 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
     index = _Near(threshold)
 
     def copy(i: int, record: Record) -> tuple[str, int] | None:
-        if found := index.find("\n".join(_key(record)), number=i, tools=str(record.get("tools") or "")):
+        if found := index.find("\n".join(_key(record)), number=i, tools=str(given(record, "tools"))):
             return f"shares {found[0]:.0%} of its trigrams with row {found[1]}", found[1]
         return None
 
@@ -367,10 +367,10 @@ def _turns(record: Record) -> list[tuple[str, str]]:
 def _field(record: Record, name: str, check: Check) -> Any:
     if not isinstance(record, Mapping):
         raise ValueError("a row must be a JSON object; see read_records")
-    value = record.get(name)
-    if not is_empty(value) and (fault := check(value)):
+    value = given(record, name)
+    if value is not None and (fault := check(value)):
         raise ValueError(f'"{name}" {fault}')
-    return None if is_empty(value) else value
+    return value
 
 
 def _key(record: Record) -> tuple[str, ...]:

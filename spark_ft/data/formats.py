@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from spark_ft.data.records import SHAREGPT, Record, find_fault, is_empty
+from spark_ft.data.records import SHAREGPT, Record, find_fault, given
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ def alpaca_to_messages(row: Record) -> Record:
         user = f"{user}\n\n{row['input']}"
     elif row.get("input") is None:
         mark = {"input_start": None}
-    messages = _messages(row, *(row.get("history") or []), (user, row["output"]))
+    messages = _messages(row, *(given(row, "history") or []), (user, row["output"]))
     fields = ("instruction", "input", "output", "system", "history")
     return {"messages": messages, **mark, **_rest(row, fields, ("messages", "input_start"))}
 
@@ -141,7 +141,7 @@ def messages_to_chatml(row: Record) -> str:
     """messages → ChatML text, for tools that read it; what a model reads comes from `render`."""
     _check(row, "chat")
     for field in ("system", "tools"):
-        if not is_empty(row.get(field)):
+        if given(row, field):
             raise ValueError(f'"{field}" has no place in ChatML text; write it as a turn')
     for i, message in enumerate(row["messages"]):
         _refuse_more({**message, "from": None}, "ChatML text")  # the role says what `from` does
@@ -173,9 +173,7 @@ def thumbs_to_pairs(thumbs: Iterable[Record]) -> list[Record]:
     by_prompt: dict[str, tuple[list[Record], list[Record]]] = defaultdict(lambda: ([], []))
     for index, thumb in enumerate(thumbs):
         _check(thumb, "feedback", index)
-        asked = json.dumps(
-            [thumb["prompt"], thumb.get("system") or "", thumb.get("tools") or []], default=str
-        )
+        asked = json.dumps([thumb["prompt"], given(thumb, "system"), given(thumb, "tools")], default=str)
         by_prompt[asked][thumb["label"]].append(thumb)
     pairs = []
     for down, up in by_prompt.values():
@@ -241,7 +239,7 @@ def _check(row: Record, kind: str, index: int | None = None) -> None:
 
 
 def _messages(row: Record, *exchanges: tuple[str, str]) -> list[Record]:
-    turns = [] if is_empty(row.get("system")) else [("system", row["system"])]
+    turns = [("system", row["system"])] if given(row, "system") else []
     for question, answer in exchanges:
         turns += [("user", question), ("assistant", answer)]
     return [{"role": role, "content": text} for role, text in turns]
@@ -262,13 +260,15 @@ def _questions_and_answers(row: Record, mend: str, most: int = 0) -> tuple[Recor
 
 
 def _refuse_more(message: Record, where: str) -> None:
-    if more := sorted(key for key in message.keys() - {"role", "content"} if not is_empty(message[key])):
+    if more := sorted(key for key in message.keys() - {"role", "content"} if given(message, key) is not None):
         raise ValueError(f'"messages" hold {", ".join(more)}, which {where} has no place for; take it out')
 
 
 def _rest(row: Record, used: tuple[str, ...], taken: tuple[str, ...]) -> Record:
     """The fields of a row beyond those used up; none may have the name of one the result has of its own."""
-    rest = {key: row[key] for key in row if key not in used and not (key in taken and is_empty(row[key]))}
+    rest = {
+        key: row[key] for key in row if key not in used and (key not in taken or given(row, key) is not None)
+    }
     if clash := [key for key in taken if key in rest]:
         raise ValueError(f'"{clash[0]}" is there already, and the conversion writes it anew; rename it first')
     return rest

@@ -30,11 +30,11 @@ _FILL = "fill it in or drop the row"
 _JSON = {bool: "true or false", type(None): "null", str: "a text", list: "a list", dict: "an object"}
 
 
-def is_empty(value: Any) -> bool:
-    """Whether an optional field says nothing: null, white space, an empty list or object."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
+def given(record: Mapping, field: str) -> Any:
+    """An optional field's value, or None where it says nothing: null, white space, empty list or object."""
+    value = record.get(field)
+    said = value.strip() if isinstance(value, str) else value
+    return None if isinstance(said, (str, list, tuple, dict)) and not said else value
 
 
 def text_fault(value: Any) -> str | None:
@@ -81,7 +81,7 @@ def _turns(who: str, what: str, names: tuple[str, ...]) -> Check:
                 return f'at [{i}]: "{who}" {_must_be("a text", said, known)}'
             if said not in names:
                 return f'at [{i}]: "{who}" is "{said}"; {known}'
-            if is_empty(turn.get(what)) and not is_empty(turn.get("tool_calls")):
+            if given(turn, what) is None and given(turn, "tool_calls"):
                 return f'at [{i}]: "{what}" is empty; write the call into it, as the template would'
             if complaint := text_fault(turn[what]) if what in turn else f"is missing; {_FILL}":
                 return f'at [{i}]: "{what}" {complaint}'
@@ -251,13 +251,14 @@ def find_fault(record: Any, kind: str) -> str | None:
             return f'"{field}" {complaint}'
     if not _MEANT.isdisjoint(record):
         beside = ALPACA_BESIDE if kind == "alpaca" else BESIDE
-        for field in (field for field in record if field in _MEANT and not is_empty(record[field])):
+        for field in (name for name in record if name in _MEANT and given(record, name) is not None):
             if field in beside and (complaint := beside[field](record[field])):
                 return f'"{field}" {complaint}'
             if field not in beside and field in REFUSED:
                 return f'"{field}" is not used in training; {REFUSED[field]}, or take the field out'
-        first = (record.get("messages") or record.get("conversations") or [{}])[0]
-        if not is_empty(record.get("system")) and first.get("role", first.get("from")) == "system":
+        turns = record[next(iter(KINDS[kind]))]
+        first = turns[0] if isinstance(turns, list) else {}
+        if given(record, "system") and first.get("role", first.get("from")) == "system":
             return '"system" stands beside a system turn; keep one of them'
     if kind == "preference" and record["chosen"] == record["rejected"]:
         return '"chosen" equals "rejected" and teaches nothing; change one or drop the row'
