@@ -37,33 +37,30 @@ def loud(kind, **changes):
     return model
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def loss_and_gradient(model, loss):
-    model.zero_grad()
-    value = loss()
-    value.backward()
-    return value.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def our_mean(model, batch):
-    total, count = sft_loss(model, batch)
-    return total / count
+def check_own(model, batch, tolerance=1e-4, **inputs):
+    """The loss and all gradients are those of the model's own forward."""
+    found = []
+    for total, count in (sft_loss(model, batch), (model(**batch, **inputs, use_cache=False).loss, 1)):
+        model.zero_grad()
+        (total / count).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append(((total / count).item(), grads))
+    (ours, our_grads), (theirs, their_grads) = found
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert (our_grads - their_grads).norm() < tolerance * their_grads.norm()
 
 
 class Shapes(TorchDispatchMode):
     """The shapes of all tensors that operations put out while it is on."""
 
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.seen |= {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
         return out
-
-    def __enter__(self):
-        self.seen = set()
-        return super().__enter__()
 
 
 # ── the loss of every model ──────────────────────────────────────────────────────────────────────────────
@@ -71,27 +68,19 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", sorted(OWN_HEAD | PLAIN_HEAD))
 def test_loss_and_gradient_are_the_models_own(kind):
-    model, batch = loud(kind), token_batch()
-    theirs = loss_and_gradient(model, lambda: model(**batch, use_cache=False).loss)
-    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
-    assert relative(ours[1], theirs[1]) < 1e-4
+    model = loud(kind)
+    check_own(model, token_batch())
     assert head_path(model) == ("own" if kind in OWN_HEAD else "head")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_head_that_trains_an_adapted_one_and_a_frozen_one_give_the_models_own_gradient(kind, frozen):
-    model, batch = loud(kind), token_batch()
-    model.requires_grad_(False)
+def test_a_frozen_head_and_an_adapted_one_give_the_models_own_gradient(kind):
+    model = loud(kind).requires_grad_(False)
     model.model.layers[0].mlp.down_proj.requires_grad_(True)
-    if not frozen:
-        add_adapters(model, AdapterConfig(rank=2, targets=("lm_head",)))
-        torch.nn.init.normal_(model.lm_head.lora_B)
-    theirs = loss_and_gradient(model, lambda: model(**batch).loss)
-    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
-    assert relative(ours[1], theirs[1]) < 1e-4
+    check_own(model, token_batch())
+    add_adapters(model, AdapterConfig(rank=2, targets=("lm_head",)))
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    check_own(model, token_batch())
 
 
 def test_a_soft_cap_that_small_logits_hide_is_found():
@@ -114,7 +103,7 @@ def test_the_models_own_head_never_makes_the_logits_of_all_tokens():
 
 
 def test_the_head_is_compared_once_and_again_when_it_or_a_number_of_the_config_changed():
-    model, batch, passes = tiny_model("gemma2"), token_batch(), []
+    model, passes = tiny_model("gemma2"), []
     model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     first = head_path(model)
     compared = len(passes)
@@ -122,7 +111,7 @@ def test_the_head_is_compared_once_and_again_when_it_or_a_number_of_the_config_c
     assert len(passes) == compared
     for cap, path in ((None, "head"), (2.0, "own")):
         model.config.final_logit_softcapping = cap
-        assert our_mean(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+        check_own(model, token_batch())
         assert head_path(model) == path
     add_adapters(model, AdapterConfig(rank=2, targets=("lm_head",)))
     passes.clear()
@@ -135,13 +124,9 @@ def test_the_comparison_disturbs_nothing():
     model.model.layers[1].eval()  # a user's choice
 
     def state():
-        hooks = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-        return (
-            hooks,
-            torch.get_rng_state().tolist(),
-            torch.is_grad_enabled(),
-            [p.grad for p in model.parameters()],
-        )
+        modules = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        grads = [p.grad for p in model.parameters()]
+        return modules, grads, torch.is_grad_enabled(), torch.get_rng_state().tolist()
 
     with neftune(model, 5.0):
         before = state()
@@ -184,32 +169,13 @@ def test_a_model_whose_logits_cannot_be_reproduced_is_refused_with_the_mend():
             sft_loss(other, token_batch())
 
 
-def test_hidden_states_targets_and_rows_of_the_completion_tokens():
-    batch = token_batch()
-    for model in (tiny_llama(packed=False), tiny_llama(), tiny_model("gemma2")):
-        with torch.no_grad():
-            hidden, targets, rows = sc.completion_hidden(model, batch)
-            logits = model(**batch).logits
-        places = [(i, t) for i in range(3) for t in range(19) if batch["labels"][i, t + 1] != -100]
-        assert rows.tolist() == [i for i, _ in places]
-        assert targets.tolist() == [batch["labels"][i, t + 1].item() for i, t in places]
-        expected = torch.stack([logits[place] for place in places])
-        torch.testing.assert_close(sc.head_logits(model)(hidden), expected, atol=1e-4, rtol=1e-4)
-
-
 def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded):
     model = tiny_llama(vocab_size=len(embedded[1]))
     first = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
-    second = {
-        "prompt": "And a very long question about fish?",
-        "chosen": "Cod, cod and cod.",
-        "rejected": "A",
-    }
+    second = {"prompt": "And a long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"}
     for side in ("chosen", "rejected"):
-        whole, *alone = (
-            with_prompt(collate_preferences(rows, embedded[1]), side)
-            for rows in ([first, second], [first], [second])
-        )
+        groups = ([first, second], [first], [second])
+        whole, *alone = (with_prompt(collate_preferences(rows, embedded[1]), side) for rows in groups)
         logps, counts = sequence_logps(model, whole)
         for i, batch in enumerate(alone):
             tokens, _ = completion_logps(model, batch)
@@ -248,10 +214,8 @@ def learned(ids, mask, first=2):
 
 
 def test_pack_by_hand():
-    ids, mask = (
-        torch.tensor([[7, 8, 0], [9, 0, 0], [4, 5, 6]]),
-        torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]),
-    )
+    ids = torch.tensor([[7, 8, 0], [9, 0, 0], [4, 5, 6]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     row = pack(ids, mask)
     assert row.ids.tolist() == [[7, 8, 9, 4, 5, 6]]
     assert row.positions.tolist() == [[0, 1, 0, 0, 1, 2]]
@@ -297,19 +261,9 @@ def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_h
     assert torch.allclose(ours, expected, atol=1e-12)
 
 
-def check_packed(model, batch):
-    """The packed loss and gradient are transformers' own, the shared prefix computed once or not."""
-    model.requires_grad_(False).model.layers.requires_grad_(True)
-    sc.use_packed_attention(model)
-    ours = loss_and_gradient(model, lambda: our_mean(model, batch))
-    row = sc.packed_row(model, batch)
-    model.set_attn_implementation("sdpa")
-    # transformers counts positions from the padding's start unless it is told
-    at = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    theirs = loss_and_gradient(model, lambda: model(**batch, position_ids=at).loss)
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
-    assert relative(ours[1], theirs[1]) < 1e-5
-    return row
+def positions(batch):
+    """By sequence; transformers counts from the padding's start unless it is told."""
+    return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -317,53 +271,45 @@ def check_packed(model, batch):
 @example([2, 2, 2], 0, "right", 2)
 def test_a_packed_model_computes_what_transformers_does(lengths, prefix, side, kv_heads):
     batch = learned(*padded([n + 1 for n in lengths], side, prefix), first=1)
-    check_packed(tiny_llama(num_key_value_heads=kv_heads), batch)
+    check_own(tiny_llama(num_key_value_heads=kv_heads), batch, 1e-5, position_ids=positions(batch))
 
 
 @pytest.mark.parametrize("kind", sc.PACKED_KINDS)
 def test_a_kind_that_takes_packed_rows_gives_its_own_loss_and_gradient(kind):
     model = tiny_model(kind, sliding_window=None, num_hidden_layers=4)
     assert sc.takes_packed_rows(model.config)
+    sc.use_packed_attention(model)
+    model.requires_grad_(False).model.layers.requires_grad_(True)
     for side, prefix in (("right", 0), ("right", 3), ("left", 0)):
-        assert check_packed(model, learned(*padded([6, 11, 4], side, prefix))).prefix == prefix
+        batch = learned(*padded([6, 11, 4], side, prefix))
+        assert sc.packed_row(model, batch).prefix == prefix
+        check_own(model, batch, 1e-5, position_ids=positions(batch))
 
 
 def test_windows_random_attention_and_unknown_kinds_do_not_take_packed_rows():
-    windowed = tiny_model("mistral")  # its window is 8 tokens
+    windowed = tiny_model("mistral")
     for model in (windowed, tiny_llama(attention_dropout=0.1), tiny_model("gemma2")):
         assert not sc.takes_packed_rows(model.config)
 
 
 def test_a_packed_step_makes_no_mask_of_all_tokens_by_all_tokens():
     batch = learned(*padded([30, 41, 25], prefix=4))
-    for model in (tiny_llama(), add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()):
-        head_path(model)
-        tokens = sc.packed_row(model, batch).ids.numel()
-        with Shapes() as shapes:
-            sft_loss(model, batch)[0].backward()
-        assert not [shape for shape in shapes.seen if shape[-2:] == (tokens, tokens)]
-        assert (1, 4, tokens, 8) in shapes.seen  # it saw the queries, so it would have seen a mask
-
-
-def test_a_sequence_does_not_see_its_neighbours():
-    model = tiny_llama()
-    row = pack(*padded([5, 7]))
-    with torch.no_grad():
-        before = model.base_model(**row.inputs()).last_hidden_state[0]
-        row.ids[0, 2] = 3 + (row.ids[0, 2] + 1) % 90  # another third token of the first sequence
-        after = model.base_model(**row.inputs()).last_hidden_state[0]
-    assert (before == after).all(-1).tolist() == [True] * 2 + [False] * 3 + [True] * 7
+    model = add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()
+    head_path(model)
+    tokens = sc.packed_row(model, batch).ids.numel()
+    with Shapes() as shapes:
+        sft_loss(model, batch)[0].backward()
+    assert (1, 4, tokens, 8) in shapes.seen  # it sees the queries, so it would see a mask
+    assert not [shape for shape in shapes.seen if shape[-2:] == (tokens, tokens)]
 
 
 def test_without_lengths_the_model_computes_what_transformers_does():
     ids, mask = padded([4, 9])
-    ours, theirs = tiny_llama(), tiny_llama(packed=False)
+    packed, plain = tiny_llama(), tiny_llama(packed=False)
     with torch.no_grad():
-        a, b = (model(input_ids=ids, attention_mask=mask).logits for model in (ours, theirs))
-        assert torch.equal(a, b)
-        settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-        mine, hf = (model.generate(input_ids=ids, **settings) for model in (ours, theirs))
-    assert torch.equal(mine, hf)
+        assert torch.equal(*(model(input_ids=ids, attention_mask=mask).logits for model in (packed, plain)))
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(model.generate(input_ids=ids, **settings) for model in (packed, plain)))
 
 
 def test_nothing_is_shared_where_something_random_acts():
@@ -372,13 +318,9 @@ def test_nothing_is_shared_where_something_random_acts():
     def prefix(model):
         return sc.packed_row(model, batch).prefix
 
-    assert prefix(add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()) == 3
     model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=0.1))
     assert (prefix(model.train()), prefix(model.eval())) == (0, 3)
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.dropout = 0.0
+    model = add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()
     assert prefix(model) == 3
     with neftune(model, 5.0):
         assert prefix(model) == 0
