@@ -1,4 +1,4 @@
-"""The pages keep their word: code blocks run and print what they say, commands exist, counted numbers are counted again."""
+"""The pages keep their word: code blocks run and print what they say, commands exist, numbers are counted again."""
 
 import ast
 import contextlib
@@ -9,15 +9,17 @@ import shlex
 import subprocess
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import spark_ft
-from spark_ft.memory import plan as memory
 from spark_ft.cli import COMMANDS
+from spark_ft.cli import main as cli
 from spark_ft.data.records import read_records
 from spark_ft.files import ROOT
+from spark_ft.memory import plan as memory
 from spark_ft.memory.plan import plan_training
 from spark_ft.memory.shapes import known_config
 from spark_ft.models import PROFILES
@@ -56,9 +58,7 @@ def test_every_block_of_the_quick_reference_runs_and_prints_what_it_says(tmp_pat
     assert len(ran) >= 10
     for line, _, code in ran:
         printed, promised = run_block(code, line, namespace)
-        assert printed == promised, (
-            f"QUICK_REFERENCE.md: the block at line {line} prints other than its → comments say"
-        )
+        assert printed == promised, f"QUICK_REFERENCE.md: the block at line {line} prints something else"
 
 
 def test_a_block_that_prints_something_else_is_noticed():
@@ -95,32 +95,43 @@ def shell_text(name: str) -> str:
     return "".join(code for _, _, code in blocks(name, "bash")) + "\n".join(inline)
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if (ROOT / name).exists()])
-def test_commands_on_a_page_exist(name):
-    for words in commands(shell_text(name)):
+def test_commands_on_the_pages_exist():
+    found = [(name, words) for name in PAGES for words in commands(shell_text(name))]
+    assert ("QUICK_REFERENCE.md", ["make", "labs", "ARGS=3.1.4"]) in found
+    assert ("README.md", ["make", "lab", "PYTHON=python3.12"]) in found
+    for name, words in found:
         program = words[0].rpartition("/")[2]
         if program == "make":
             target = next(word for word in words[1:] if "=" not in word)
-            assert target in make_targets(), (
-                f"{name}: `{' '.join(words)}`, but the Makefile has no target {target}"
-            )
+            assert target in make_targets(), f"{name}: the Makefile has no target {target}"
         elif program == "spark-ft":
-            assert words[1] in COMMANDS, (
-                f"{name}: `{' '.join(words)}`, but spark-ft has no command {words[1]}"
-            )
+            assert words[1] in COMMANDS, f"{name}: spark-ft has no command {words[1]}"
 
 
-def test_commands_are_found_on_the_pages():
-    assert ["make", "labs", "ARGS=3.1.4"] in commands(shell_text("QUICK_REFERENCE.md"))
-    assert ["make", "lab", "PYTHON=python3.12"] in commands(shell_text("README.md"))
+def test_make_and_spark_ft_know_their_commands(capsys):
+    """Each as a dry run or its help: what is only declared would pass the pages' test."""
+    for target in sorted(make_targets()):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert target == "clean" or ".venv/bin/python" in done.stdout
+        for module in re.findall(r"-m (spark_ft[\w.]*)", done.stdout):
+            assert find_spec(module), f"make {target} runs {module}, which is not there"
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="^0$"):
+            cli([command, "--help"])
+        assert f"usage: spark-ft {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", sorted(make_targets()))
-def test_make_knows_its_targets(target):
-    """`make -n` of each: a target that is only declared would pass the page's test."""
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert target == "clean" or ".venv/bin/python" in done.stdout
+def test_the_readme_tree_is_the_package():
+    tree = read("README.md").partition("## Layout\n\n```\n")[2].partition("\n```")[0]
+    package = re.findall(r"(?:^  |  +)([a-z_]+(?:\.py|/))(?: |$)", tree.partition("spark_ft/\n")[2], re.M)
+    files = [path for path in (ROOT / "spark_ft").iterdir() if not path.name.startswith("_")]
+    here = {path.name + "/" * path.is_dir() for path in files} - {"lazy.py", "version.py"}
+    assert sorted(package) == sorted(here)
+    for folder, names in re.findall(r"^  (\w+)/ +([a-z_\d ]+?)(?::.*)?$", tree, re.M):
+        inside = {path.stem for path in (ROOT / "spark_ft" / folder).iterdir() if path.name[0] != "_"}
+        assert set(names.replace("only what notebooks use", "").split()) <= inside, folder
+        assert folder == "lab" or inside <= set(names.split()), folder
 
 
 def test_make_clean_removes_what_the_readme_says():

@@ -1,8 +1,11 @@
-"""Every known trap is found on a machine that has it, and on no healthy one."""
+"""Every known trap is found on a machine that has it, and on no healthy one; the report is always printed."""
 
+import subprocess
 from dataclasses import replace
 
+import psutil
 import pytest
+import torch
 
 from spark_ft import doctor
 from spark_ft.cli import main as cli
@@ -58,9 +61,7 @@ CAUGHT = {
     "the container has less memory than the machine": replace(LAPTOP, container=(4 * GIB, 3 * GIB)),
     "Triton's ptxas may not know this GPU": replace(SPARK, environment={}),
     "bitsandbytes has no CUDA code for this machine": replace(SPARK, versions={"bitsandbytes": "0.48.2"}),
-    "bitsandbytes' 4-bit layers train wrongly on this processor": replace(
-        LAPTOP, cpu_flags=frozenset({"avx512_bf16"})
-    ),
+    "bitsandbytes' 4-bit layers train wrongly on this processor": replace(LAPTOP, cpu_flags={"avx512_bf16"}),
     "the model is not here, and the hub is off": replace(LAPTOP, absent_model="Qwen/Qwen3-8B"),
     "disk space is short": replace(LAPTOP, disk_free=GIB),
     "memory is short": replace(LAPTOP, memory=(8 * GIB, GIB)),
@@ -81,53 +82,55 @@ def test_a_trap_is_found_where_it_is_and_alone(name):
     assert traps(m) == {name} | (ALWAYS_ON_SPARK if m.integrated else set())
 
 
-@pytest.mark.parametrize("m", [LAPTOP, CARD, Machine()], ids=["laptop", "card", "nothing known"])
-def test_a_healthy_machine_has_none(m):
-    assert traps(m) == set()
+def test_a_healthy_machine_has_none():
+    rocm = replace(LAPTOP, gpu="AMD Radeon 8060S", rocm_build="7.1", architectures=("gfx1100", "gfx1151"))
+    odd = replace(LAPTOP, versions={"bitsandbytes": "of unknown version", "torch": "2.14.0a0+git"})
+    for m in (LAPTOP, CARD, Machine(), replace(rocm, capability=(12, 5)), odd):
+        assert traps(m) == set(), m
 
 
 def test_code_for_another_minor_version_of_a_gpu_runs_only_forwards():
-    assert "this torch has no code for this GPU" not in traps(SPARK)  # sm_120 runs on 12.1
-    assert "this torch has no code for this GPU" in traps(
-        replace(SPARK, architectures=("sm_90", "sm_121a"), capability=(12, 0))
-    )
-    assert "this torch has no code for this GPU" not in traps(replace(CARD, architectures=("compute_80",)))
+    name, older = "this torch has no code for this GPU", ("sm_90", "sm_121a")
+    assert name not in traps(SPARK)  # sm_120 runs on 12.1
+    assert name in traps(replace(SPARK, architectures=older, capability=(12, 0)))
+    assert name not in traps(replace(CARD, architectures=("compute_80",)))
 
 
-def test_the_report_names_what_was_seen_and_each_remedy():
-    said = report(replace(SPARK, swap=16 * GIB), "cuda:0: 104.0 GiB available")
+def test_the_report_names_what_was_seen_and_each_remedy_in_a_line():
+    said = report(replace(SPARK, swap=16 * GIB, faults=("profile: odd",)), "cuda:0: 104.0 GiB available")
     assert "NVIDIA GB10, compute capability 12.1, one memory with the processor" in said
     assert "112.0 GiB available of 119.7 GiB, swap 16.0 GiB" in said
     assert "[N/A]" in said
-    assert "swapoff -a" in said
+    assert "\n- profile: odd\n" in said
+    assert said.count("\n- ") == 5
     assert f"4 of {len(TRAPS)} known traps apply here:" in said
-
-
-def test_the_report_of_a_machine_that_tells_nothing():
+    assert "\n- swap is on: An overrun crawls" in said
     said = report(Machine(), "cpu")
     assert "an unknown amount available of an unknown amount" in said
     assert f"0 of {len(TRAPS)} known traps apply here." in said
+    assert "(ROCm 7.1 build)" in report(Machine(rocm_build="7.1"), "cpu")
 
 
-def test_a_limit_above_all_memory_is_none():
-    assert doctor._tighter((2**63, 2**63), (16 * GIB, GIB)) == (None, None)
-    assert doctor._tighter((8 * GIB, GIB), (16 * GIB, GIB)) == (8 * GIB, GIB)
-    assert doctor._tighter((8 * GIB, GIB), (None, None)) == (8 * GIB, GIB)
+def test_a_limit_above_all_memory_is_none(monkeypatch):
+    """Version 1 of control groups writes "no limit" as a number larger than any memory."""
+    for limit, system, seen in (
+        ((2**63, 2**63), (16 * GIB, GIB), (None, None)),
+        ((8 * GIB, GIB), (16 * GIB, GIB), (8 * GIB, GIB)),
+        ((8 * GIB, GIB), (None, None), (8 * GIB, GIB)),
+    ):
+        monkeypatch.setattr(doctor, "container_memory", lambda limit=limit: limit)
+        monkeypatch.setattr(doctor, "system_memory", lambda system=system: system)
+        assert look().container == seen
 
 
 def test_an_nvidia_card_is_found_on_the_bus_without_its_driver(tmp_path):
-    for name, vendor, kind in (
-        ("0", "0x8086", "0x030000"),
-        ("1", "0x10de", "0x020000"),
-    ):  # another's display, NVIDIA's network
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "vendor").write_text(vendor)
-        (tmp_path / name / "class").write_text(kind)
-    assert not doctor._nvidia_card(tmp_path, tmp_path / "nvidia0")
-    (tmp_path / "2").mkdir()
-    (tmp_path / "2/vendor").write_text("0x10de\n")
-    (tmp_path / "2/class").write_text("0x030200\n")
-    assert doctor._nvidia_card(tmp_path, tmp_path / "nvidia0")
+    devices = [("0x8086", "0x030000"), ("0x10de", "0x020000"), ("0x10de", "0x030200")]
+    for i, ids in enumerate(devices):  # another's display, NVIDIA's network, NVIDIA's 3D controller
+        assert not doctor.nvidia_card(tmp_path, tmp_path / "nvidia0")
+        (tmp_path / str(i)).mkdir()
+        for name, value in zip(("vendor", "class"), ids, strict=True):
+            (tmp_path / str(i) / name).write_text(value + "\n")
+    assert doctor.nvidia_card(tmp_path, tmp_path / "nvidia0")
 
 
 def test_the_command_looks_at_this_machine(capsys):
@@ -135,3 +138,69 @@ def test_the_command_looks_at_this_machine(capsys):
     said = capsys.readouterr().out
     assert f"torch {look().versions['torch']}" in said
     assert "known traps apply here" in said
+
+
+def broken(kind):
+    def fail(*_, **__):
+        raise kind
+
+    return fail
+
+
+def test_settings_that_are_wrong_are_lines_of_the_report(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama",')
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text("[1]")
+    for name, value, line in (
+        (
+            "SPARK_FT_MODEL",
+            "./models/llama/8b",
+            '- SPARK_FT_MODEL="./models/llama/8b" is no folder, and a hub id',
+        ),
+        ("SPARK_FT_MODEL", str(tmp_path), "- SPARK_FT_MODEL: JSONDecodeError: Expecting property name"),
+        ("SPARK_FT_MODEL", str(tmp_path / "odd"), 'config.json has no "model_type"; save the model again'),
+        (
+            "SPARK_FT_PROFILE",
+            "dgx",
+            '- profile: SPARK_FT_PROFILE="dgx" is no profile; set it to one of laptop',
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert cli(["doctor"]) == 0
+        said = capsys.readouterr().out
+        assert line in said
+        assert f"of {len(TRAPS)} known traps apply here" in said
+
+
+def test_a_machine_that_answers_no_question_still_gets_its_report(monkeypatch, capsys):
+    """As without /proc, with a driver that does not fit, and with a damaged package."""
+    for owner, name in ((psutil, "virtual_memory"), (psutil, "swap_memory"), (doctor.shutil, "disk_usage")):
+        monkeypatch.setattr(owner, name, broken(FileNotFoundError(2, "No such file", "/proc/meminfo")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken(RuntimeError("driver too\nold")))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", broken(subprocess.TimeoutExpired("nvidia-smi", 20)))
+    monkeypatch.setattr(doctor, "container_memory", broken(ValueError("not enough values to unpack")))
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    assert cli(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "- GPU: RuntimeError: driver too old" in said
+    assert "- nvidia-smi: TimeoutExpired" in said
+    assert "- container: not enough values to unpack" in said
+    assert "an unknown amount available of an unknown amount" in said
+    assert "torch of unknown version" in said
+
+
+def test_plan_answers_a_config_that_it_cannot_read_with_a_sentence(tmp_path, capsys):
+    for config in (
+        '{"model_type": "llama",',
+        "[1]",
+        '{"model_type": "llama", "num_attention_heads": 0}',
+        "{}",
+    ):
+        (tmp_path / "config.json").write_text(config)
+        assert cli(["plan", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.startswith(f"spark-ft plan: {tmp_path}")
+    assert cli(["plan", str(tmp_path / "none")]) == 1
+    assert "is neither a folder with a config.json nor a model" in capsys.readouterr().err

@@ -1,10 +1,8 @@
-"""Relative links on every page lead somewhere, anchors too; what is "to come" is listed once, only while it is missing."""
+"""Relative links lead somewhere, anchors too; what is "to come" is listed once, and only while it is missing."""
 
 import json
 import re
 from pathlib import Path
-
-import pytest
 
 from spark_ft.files import ROOT
 
@@ -49,11 +47,10 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives a page's headings: lower case, punctuation gone, spaces to hyphens, repeats numbered."""
+    """GitHub's anchors of a page's headings: lower case, no punctuation, hyphens for spaces, repeats numbered."""
     found: set[str] = set()
-    for heading in re.findall(
-        r"^#{1,6} +(.+?) *#*$", re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S), re.M
-    ):
+    unfenced = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", unfenced, re.M):
         shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
         number, plain = 1, slug
@@ -86,56 +83,31 @@ def to_come() -> list[str]:
     return links(table)
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    text = TO_COME.sub("", text_of(page)) if page == ROOT / "ELI5.md" else text_of(page)
-    broken = [
-        f"{target}: {why}"
-        for target in links(text)
-        if not is_outside(target) and (why := complaint(page, target))
-    ]
-    assert not broken, (
-        f"{page.name} has broken links (a lab or file that comes later is listed in ELI5.md, To come): {broken}"
-    )
+def test_links_lead_somewhere():
+    broken = []
+    for page in pages():
+        text = text_of(page)
+        for target in links(TO_COME.sub("", text) if page.name == "ELI5.md" else text):
+            if not is_outside(target) and (why := complaint(page, target)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}: {why}")
+    assert not broken, "a lab or file that comes later is listed in ELI5.md, To come\n" + "\n".join(broken)
 
 
-def test_to_come_lists_only_what_is_missing():
-    here = [path for path in to_come() if (ROOT / path).exists()]
-    assert not here, (
-        f"these exist now: take them off ELI5.md's To come table and link to them from their sections: {here}"
-    )
-
-
-def test_every_lab_exists_or_is_to_come():
-    listed = to_come()
+def test_each_lab_is_to_come_or_is_there_and_linked():
+    listed, eli5 = to_come(), links(TO_COME.sub("", text_of(ROOT / "ELI5.md")))
+    here = [path for path in listed if (ROOT / path).exists()]
+    assert not here, f"these exist: take them off ELI5.md's To come table and link to them: {here}"
     assert len(set(listed)) == len(listed)
-    for lab in LABS:
-        path = f"labs/{lab}.ipynb"
-        assert (ROOT / path).exists() or path in listed, (
-            f"{path} is neither there nor on ELI5.md's To come table"
-        )
     assert {Path(path).stem for path in listed if path.startswith("labs/")} <= set(LABS)
-
-
-@pytest.mark.parametrize("lab", LABS)
-def test_readme_links_each_lab_as_soon_as_it_exists(lab):
-    number = lab.split("-")[1]
-    row = next(
-        line
-        for line in text_of(ROOT / "README.md").splitlines()
-        if re.match(rf"\| \[?{re.escape(number)} ", line)
-    )
-    exists = (ROOT / "labs" / f"{lab}.ipynb").exists()
-    assert (links(row) == [f"labs/{lab}.ipynb"]) == exists, (
-        f"README.md's row of {number}: link to the notebook once it is there"
-    )
-    assert row.endswith("| here |" if exists else "| to come |")
-
-
-@pytest.mark.parametrize("lab", LABS)
-def test_eli5_links_each_lab_as_soon_as_it_exists(lab):
-    if (ROOT / "labs" / f"{lab}.ipynb").exists():
-        assert f"labs/{lab}.ipynb" in links(TO_COME.sub("", text_of(ROOT / "ELI5.md")))
+    rows = text_of(ROOT / "README.md").splitlines()
+    for lab in LABS:
+        path, number = f"labs/{lab}.ipynb", re.escape(lab.split("-")[1])
+        row = next(line for line in rows if re.match(rf"\| \[?{number} ", line))
+        exists = (ROOT / path).exists()
+        assert exists or path in listed, f"{path} is neither there nor on ELI5.md's To come table"
+        assert (links(row) == [path]) == exists, f"README.md's row of {lab}: link to it once it is there"
+        assert row.endswith("| here |" if exists else "| to come |")
+        assert not exists or path in eli5, f"ELI5.md has no link to {path}"
 
 
 def test_every_data_set_has_a_card():
