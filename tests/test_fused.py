@@ -3,11 +3,12 @@
 import pytest
 import torch
 from helpers import relative
+from torch import nn
 from torch.nn import functional as F
 
 from spark_ft.methods import nf4
-from spark_ft.methods.fused import FrozenHead, NF4Product, ScaleRows
-from spark_ft.methods.nf4 import quantize_nf4
+from spark_ft.methods.fused import FrozenHead, ScaleRows
+from spark_ft.methods.nf4 import NF4Linear
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -45,14 +46,16 @@ def test_scale_rows(bias, dtypes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_product(dtype, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_nf4_product(dtype, bias, monkeypatch):
     monkeypatch.setitem(nf4.DENSE, "cpu", 7 * 16 + 3)  # 24 rows in four parts
-    weight = quantize_nf4(random(24, 16))
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    layer = NF4Linear.from_linear(nn.Linear(16, 24, bias=bias).to(dtype))
+    assert layer.weight.rows_at_once() == 7
     for lead in ((), (3,), (2, 5)):
         x = random(*lead, 16, dtype=dtype)
-        plain = lambda x: x @ weight.dequantize(x.dtype).T  # noqa: E731
-        assert_same(lambda x: NF4Product.apply(x, weight), plain, (x,), tolerance)
+        assert_same(layer, layer.to_linear(dtype), (x,), 1e-6 if dtype == torch.float32 else 2**-7)
+    nothing = x[:0].requires_grad_()
+    assert torch.autograd.grad(layer(nothing).sum(), nothing)[0].shape == (0, 5, 16)
 
 
 def test_frozen_head():

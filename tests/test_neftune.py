@@ -1,6 +1,7 @@
 """NEFTune's noise is transformers' own, bit for bit; it comes in training alone, and goes away again."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -59,10 +60,8 @@ def test_padded_noise_is_transformers_own_bit_for_bit(dtype):
 
 def test_its_norm_is_alpha_over_root_three_whatever_length_and_width():
     for shape in ((4, 12, 64), (2, 200, 64), (1, 50, 576)):
-        e, alpha = torch.zeros(shape), 5.0
-        norms = torch.stack([neftune_noise(e, alpha).flatten(1).norm(dim=1) for _ in range(30)])
-        assert norms.mean().item() == pytest.approx(alpha / math.sqrt(3), rel=0.02)
-        assert neftune_noise(e, alpha).abs().max() <= alpha / math.sqrt(shape[1] * shape[2])
+        norms = [neftune_noise(torch.zeros(shape), 5.0).flatten(1).norm(dim=1).mean() for _ in range(30)]
+        assert (sum(norms) / 30).item() == pytest.approx(5.0 / math.sqrt(3), rel=0.02)
 
 
 def test_true_lengths_scale_each_text_by_its_own_and_leave_padding_clean():
@@ -127,7 +126,7 @@ def test_whether_there_is_noise_is_asked_without_walking_the_model(monkeypatch):
         assert draws_noise(model)
 
 
-def test_the_hooks_go_away_after_an_exception_too():
+def test_it_goes_away_after_an_exception_and_twice_at_once_is_refused():
     model = tiny_llama(packed=False).train()
     plain = model(**PADDED).logits
     with pytest.raises(RuntimeError, match="on purpose"), neftune(model, 5.0):
@@ -135,12 +134,6 @@ def test_the_hooks_go_away_after_an_exception_too():
     assert torch.equal(model(**PADDED).logits, plain)
     assert not draws_noise(model)
     with neftune(model, 5.0):  # and it can be put on again
-        assert draws_noise(model)
-
-
-def test_twice_on_one_model_or_a_negative_alpha_is_refused_and_the_first_stays():
-    model = tiny_llama().train()
-    with neftune(model, 5.0):
         with pytest.raises(ValueError, match="on already"), neftune(model, 5.0):
             pass
         assert draws_noise(model)
@@ -198,19 +191,14 @@ def test_gradient_checkpointing_replays_no_other_noise(reentrant):
 
 
 def test_a_run_with_alpha_zero_is_bitwise_the_baseline_and_a_reference_is_never_noisy():
-    losses = []
-    for alpha in (None, 0, 5.0):
+    losses, references = [], []
+    for block in (nullcontext, lambda model: neftune(model, 0), lambda model: neftune(model, 5.0)):
         torch.manual_seed(0)
-        model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=0.1))
+        model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=0.1)).train()
         config = TrainConfig(steps=3, learning_rate=1e-2, progress=False)
-        if alpha is None:
-            losses.append(train(model, lambda _: BATCH, sft_loss, config).losses)
-            continue
-        with torch.no_grad(), adapters_disabled(model.train()):
-            off = sequence_logps(model, BATCH)[0]
-        with neftune(model, alpha):
+        with block(model):
             with torch.no_grad(), adapters_disabled(model):
-                assert torch.equal(sequence_logps(model, BATCH)[0], off)
-            torch.manual_seed(0)
+                references.append(sequence_logps(model, BATCH)[0].tolist())
             losses.append(train(model, lambda _: BATCH, sft_loss, config).losses)
     assert losses[0] == losses[1] != losses[2]
+    assert references[0] == references[1] == references[2]

@@ -51,8 +51,9 @@ def test_bytes_scales_and_numbers_are_bitsandbytes_own(dtype, block_size):
 
 
 def test_doubly_quantized_scales_are_bitsandbytes_own_but_for_near_ties():
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import create_dynamic_map, dequantize_4bit
 
+    assert torch.equal(SCALE_CODE, create_dynamic_map())
     for shape in (*SHAPES, (1024, 2048)):
         w = weight(*shape, seed=4)
         packed, state = theirs(w, True)
@@ -67,12 +68,6 @@ def test_doubly_quantized_scales_are_bitsandbytes_own_but_for_near_ties():
         assert error <= 1.01 * most, shape
 
 
-def test_the_scale_code_is_bitsandbytes_dynamic_map():
-    from bitsandbytes.functional import create_dynamic_map
-
-    assert torch.equal(SCALE_CODE, create_dynamic_map())
-
-
 def test_numbers_at_and_beside_every_midpoint_and_blocks_of_zeros_get_bitsandbytes_codes():
     middle = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
     beside = [middle.nextafter(torch.tensor(far)) for far in (2.0, -2.0)]
@@ -83,15 +78,10 @@ def test_numbers_at_and_beside_every_midpoint_and_blocks_of_zeros_get_bitsandbyt
     assert torch.equal(quantize_nf4(w, 64, False).dequantize()[2], torch.zeros(64))
 
 
-def test_the_mean_error_on_a_normal_is_as_published_and_uniform_levels_are_worse():
+def test_the_mean_error_on_a_normal_is_as_published():
     w = weight(2**22)
     error = (quantize_nf4(w, 64, double_quant=False).dequantize() - w).abs().mean().item()
     assert error == pytest.approx(0.0728, abs=0.0005)
-    blocks = w.view(-1, 64)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    levels = torch.linspace(-1, 1, 16)
-    nearest = levels[((blocks / absmax + 1) * 7.5).round().long()]
-    assert (nearest * absmax - blocks).abs().mean().item() == pytest.approx(0.0852, abs=0.0005)
 
 
 def test_a_number_takes_4_127_bits_and_4_5_without_double_quantization():
@@ -100,11 +90,11 @@ def test_a_number_takes_4_127_bits_and_4_5_without_double_quantization():
     assert 8 * quantize_nf4(w, double_quant=False).nbytes / w.numel() == pytest.approx(4.5)
 
 
+SIZES, AT_ONCE = st.sampled_from([2, 16, 64, 128]), st.sampled_from([128, 1024, 2**20])
+
+
 @settings(deadline=None, max_examples=60)
-@given(
-    rows=st.integers(1, 40), columns=st.integers(1, 70), block_size=st.sampled_from([2, 16, 64, 128]),
-    double_quant=st.booleans(), take=st.integers(1, 45), at_once=st.sampled_from([128, 1024, 2**20]),
-)  # fmt: skip
+@given(st.integers(1, 40), st.integers(1, 70), SIZES, st.booleans(), st.integers(1, 45), AT_ONCE)
 def test_rows_chunk_by_chunk_are_rows_of_the_whole(rows, columns, block_size, double_quant, take, at_once):
     w = weight(rows, columns)
     whole = quantize_nf4(w, block_size, double_quant)
@@ -152,21 +142,6 @@ def test_a_cast_of_the_model_leaves_scales_in_fp32_and_a_state_dict_holds_all():
     other = NF4Linear.from_linear(nn.Linear(96, 64)).to(torch.bfloat16)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight.dequantize(torch.float32), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_and_its_gradient_are_those_of_the_dequantized_weight(dtype, bias, monkeypatch):
-    monkeypatch.setitem(nf4.DENSE, "cpu", 7 * 16 + 3)  # 24 rows in four parts
-    layer = NF4Linear.from_linear(nn.Linear(16, 24, bias=bias).to(dtype))
-    assert layer.weight.rows_at_once() == 7
-    plain = layer.to_linear(dtype)
-    for lead in ((), (3,), (2, 5), (0,)):
-        x = torch.randn(*lead, 16, dtype=dtype)
-        ours, expected = outcome(layer, x, ()), outcome(plain, x, ())
-        for a, b in zip(ours, expected, strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            assert lead == (0,) or relative(a, b) < (1e-6 if dtype == torch.float32 else 2**-7)
 
 
 def test_nothing_dequantized_is_kept_between_forward_and_backward(monkeypatch):

@@ -69,7 +69,7 @@ class DoRALinear(LoRALinear):
     def norm(self) -> Float[Tensor, " out"]:
         """n = ‖W + s B A‖ of each row, computed anew after an optimizer's step or a change of W, A, B or s.
 
-        A change in place through `.data` goes unnoticed: call `forget_norm` after it.
+        A change through `.data` can go unnoticed: call `forget_norm` after it.
         """
         A, B, W = self.lora_A, self.lora_B, self.weight
         states = [(id(t), t.untyped_storage()._cdata, t._version) for t in (A, B, getattr(W, "packed", W))]
