@@ -164,6 +164,9 @@ def test_a_model_whose_logits_cannot_be_reproduced_is_refused_with_the_mend():
     config = tiny_llama(packed=False).config
     with pytest.raises(ValueError, match=r"logits of Remembering do not follow .* give `train` its own loss"):
         sft_loss(Remembering(config), token_batch())
+    tiny = tiny_llama(vocab_size=3, pad_token_id=None)  # fewer than the tokens compared, and not numbers
+    torch.nn.init.constant_(tiny.model.norm.weight, torch.nan)
+    assert head_path(tiny) == "head"
     for other in (AutoModel.from_config(config), torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match=f"{type(other).__name__} is no causal language model"):
             sft_loss(other, token_batch())
