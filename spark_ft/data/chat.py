@@ -180,13 +180,12 @@ def _mark(chat: Conversation, answers: list[int], tokenizer) -> Marked:
     for i in filter(chat.learnable.__getitem__, answers):
         if i == 0:
             raise ValueError(f"{chat.names[0]} answers no question; give it the weight 0")
-        if i < len(chat.turns) - 1:
-            until = Conversation(*(part[: i + 1] for part in chat[:3]), chat.tools)
-            prompt, completion = render_turns(until, tokenizer)
-            if ids[: len(prompt + completion)] != prompt + completion:
-                fault = f"{chat.names[i]}: the chat template changes this answer when more turns follow"
-                raise ValueError(f"{fault}; learn the last answer only, or {_OTHER}")
-        learned[len(prompt) : len(prompt + completion)] = [True] * len(completion)
+        until = Conversation(*(part[: i + 1] for part in chat[:3]), chat.tools)
+        before, answer = (prompt, completion) if until == chat else render_turns(until, tokenizer)
+        if ids[: len(before + answer)] != before + answer:
+            fault = f"{chat.names[i]}: the chat template changes this answer when more turns follow"
+            raise ValueError(f"{fault}; learn the last answer only, or {_OTHER}")
+        learned[len(before) : len(before + answer)] = [True] * len(answer)
     if not any(learned):
         raise ValueError("nothing is learned of a row whose answers have the weight 0; drop it")
     return ids, learned
