@@ -43,7 +43,7 @@ def nf4_names(model: nn.Module) -> list[str]:
             if fits and module is not head and name not in kept:
                 sizes[name] = p.numel()
             elif module is not head and not isinstance(module, nn.Embedding):
-                others[kind.__name__] += p.numel()
+                others["tied weights" if name in kept else kind.__name__] += p.numel()
     taken, total = sum(sizes.values()), sum(sizes.values()) + others.total()
     if taken < total / 2:
         shares = ", ".join(f"{kind} ({size / total:.0%})" for kind, size in others.most_common(3))

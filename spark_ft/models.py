@@ -293,8 +293,6 @@ def _nf4_quantizer(names: set[str]):
                     put_nf4(model, name, tensor[0] if isinstance(tensor, list) else tensor)
                 except ValueError as error:  # transformers would bury it in a table
                     failed[name] = error
-                for module in model.get_submodule(name.rpartition(".")[0]).modules():
-                    module._is_hf_initialized = True  # or transformers would draw new weights
                 missing_keys.discard(name)
             give_back_freed()  # or holes between the small ones add up to as much again
             return {}

@@ -90,3 +90,11 @@ def test_a_model_without_numbers_gets_nf4_weights_of_the_right_sizes():
     for pretend in (torch.device("meta"), FakeTensorMode()):
         with pretend:
             assert sizes(AutoModelForCausalLM.from_config(config, dtype=torch.float32)) == real
+
+
+def test_a_tied_weight_is_left_out():
+    model = tiny_model("llama")
+    one, two = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    assert {one, two} <= set(nf4_names(model))
+    model.all_tied_weights_keys[two] = one
+    assert not {one, two} & set(nf4_names(model))
