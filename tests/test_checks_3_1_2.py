@@ -128,10 +128,6 @@ def norm_of(weight, dim=1):
     return changed(volume=lambda s: s.magnitude / weight(s).norm(dim=dim).detach())
 
 
-def magnitude(first):
-    return changed(first_magnitude=first)
-
-
 def forward(function):
     """A mutant whose forward is function(self, g, x), with whatever dropout that takes."""
     return changed(forward=lambda s, x: function(s, s.volume(), x))
@@ -141,12 +137,9 @@ def input_scaled(self, g, x):
     return self.base(x * g) + self.low(x * g) if x.shape[-1] == len(g) else Right.forward(self, x)
 
 
-def two_masks(self, g, x):
-    return self.base(x) + (g - 1) * self.plain(self.drop(x)) + g * self.low(self.drop(x))
-
-
-def volume_dropped(self, g, x):
-    return self.base(x) + (g - 1) * self.plain(self.drop(x)) + g * self.low(x)
+def adds(first, second):
+    """A mutant whose own dropouts are `first(self, x)` on the change of volume and `second` on the update."""
+    return forward(lambda s, g, x: s.base(x) + (g - 1) * s.plain(first(s, x)) + g * s.low(second(s, x)))
 
 
 def not_grown(self, x):
@@ -169,9 +162,9 @@ def test_layer():
     accepts(checks.check_dora_linear, Right)
     refuses(
         checks.check_dora_linear,
-        ("the norm runs over the wrong axis", magnitude(lambda s: s.base.weight.norm(dim=0))),
-        ("the magnitude starts at zero", magnitude(lambda s: length(s.lora_B @ s.lora_A).detach())),
-        ("it starts at one", magnitude(lambda s: torch.ones(s.base.out_features))),
+        ("the norm runs over the wrong axis", changed(first_magnitude=lambda s: s.base.weight.norm(dim=0))),
+        ("starts at zero", changed(first_magnitude=lambda s: length(s.lora_B @ s.lora_A).detach())),
+        ("it starts at one", changed(first_magnitude=lambda s: torch.ones(s.base.out_features))),
         ("self.magnitude is Tensor: the optimizer only sees", PlainMagnitude),
         ("base.(weight|bias), base.(weight|bias) still trains", changed(freeze=lambda s: None)),
         ("the norm is not detached", not_detached),
@@ -188,16 +181,13 @@ def test_layer():
         ("magnitude gets no gradient", changed(volume=lambda s: Right.volume(s).detach())),
         ("inputs, not the outputs", forward(input_scaled)),
         ("handled as LoRA's", forward(lambda s, g, x: g * s.plain(x) + shift(s) + g * s.low(s.drop(x)))),
-        ("dropout is drawn twice", forward(two_masks)),
+        ("dropout is drawn twice", adds(Right.drop, Right.drop)),
         ("the base's too", forward(lambda s, g, x: g * (s.plain(y := s.drop(x)) + s.low(y)) + shift(s))),
-        ("on the change of volume only", forward(volume_dropped)),
+        ("on the change of volume only", adds(Right.drop, lambda s, x: x)),
         ("active in eval mode", changed(drop=lambda s, x: F.dropout(x, s.dropout))),
         ("does nothing in training", changed(drop=lambda s, x: x)),
         ("does not grow", changed(drop=not_grown)),
-        (
-            "formula does not allow",
-            changed(drop=lambda s, x: F.dropout(x, 0.3 * (s.dropout > 0), s.training)),
-        ),
+        ("does not allow", changed(drop=lambda s, x: F.dropout(x, 0.3 * (s.dropout > 0), s.training))),
     )
 
 
