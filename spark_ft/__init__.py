@@ -70,4 +70,4 @@ __getattr__, __dir__, __all__ = lazy_names(
         "stats": ("mean_interval", "paired_difference", "wilson_interval"),
     },
 )
-__all__ = ["__version__", *__all__]
+__all__ += ["__version__"]

@@ -21,4 +21,5 @@ def lazy_names(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
-    return __getattr__, lambda: sorted(module_of), sorted(module_of)
+    names = sorted(module_of)
+    return __getattr__, lambda: names, names  # one list, so that dir() shows what a package appends
