@@ -37,7 +37,6 @@ def _plan(arguments: list[str]) -> int:
     add("--adapter-dtype", choices=DTYPES, default="fp32", help="of adapters, gradients, moments (fp32)")
     add("--accumulation", **number, default=1, help="parts that a step is computed in (default 1)")
     add("--no-checkpointing", action="store_true", help="keep all activations for backward")
-    add("--whole-logits", action="store_true", help="all logits at once, as transformers' own loss")
     try:
         print(plan_report(**vars(parser.parse_args(arguments))))
     except ValueError as error:

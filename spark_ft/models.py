@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spark_ft.embedded import EMBEDDED, EMBEDDED_HUB_ID, embedded_folder, no_progress_bar
 from spark_ft.experts import nf4_names, put_nf4, quantize_model
-from spark_ft.memory.machine import give_back_freed
+from spark_ft.memory.machine import give_back_caches
 from spark_ft.methods.nf4 import NF4Linear, NF4Tensor
 from spark_ft.scoring import takes_packed_rows, use_packed_attention
 
@@ -294,7 +294,7 @@ def _nf4_quantizer(names: set[str]):
                 except ValueError as error:  # transformers would bury it in a table
                     failed[name] = error
                 missing_keys.discard(name)
-            give_back_freed()  # or holes between the small ones add up to as much again
+            give_back_caches(torch.device("cpu"))  # or holes between the small ones add up to as much again
             return {}
 
     class Quantizer(HfQuantizer):

@@ -1,4 +1,5 @@
-"""One training loop for every lab, on accelerate: AdamW, warm-up, accumulation, clipping, history, exact resume."""
+"""One training loop for every lab, on accelerate: AdamW, warm-up, accumulation, clipping, history, exact
+resume."""
 
 import json
 import math
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spark_ft.files import write_atomically
-from spark_ft.memory.plan import refuse_over_budget
+from spark_ft.memory.guard import Guard
 from spark_ft.scoring import Batch
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
 def cosine(progress: float) -> float:
-    """Learning-rate factor that falls from 1 to 0 along half a cosine; `progress` runs from 0 to 1 after warm-up."""
+    """Learning-rate factor that falls from 1 to 0 along half a cosine; `progress` runs from 0 to 1 after
+    warm-up."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -47,7 +49,8 @@ class TrainConfig:
         learning_rate: the peak, after warm-up. LoRA: 1e-4 to 2e-3; full fine-tuning: ten times less.
         warmup_steps: steps over which the rate rises to its peak.
         schedule: factor on the rate as a function of progress: `cosine`, `linear`, `constant`, or your own.
-        gradient_accumulation_steps: parts that each step's batch is computed in; more saves memory, the result is the same.
+        gradient_accumulation_steps: parts that each step's batch is computed in; more saves memory, the
+            result is the same.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         weight_decay, betas, eps: AdamW's.
         seed: seeds torch's generator at the start (dropout).
@@ -114,25 +117,30 @@ class History:
 def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config: TrainConfig) -> History:
     """Train the model's trainable parameters in place.
 
-    The gradient of a step is that of Σ loss / Σ count over the whole step's batch, so accumulation over parts, and several
-    processes (`accelerate launch`), give what one big batch gives. With `checkpoint_dir`, a killed run that is started
-    again goes on from its last checkpoint, and on the same CPU and thread count ends with the same weights, bit for bit.
+    The gradient of a step is that of Σ loss / Σ count over the whole step's batch, so accumulation over
+    parts, and several processes (`accelerate launch`), give what one big batch gives. With `checkpoint_dir`,
+    a killed run that is started again goes on from its last checkpoint, and on the same CPU and thread count
+    ends with the same weights, bit for bit.
 
     Args:
         model: a model with parameters that require gradients; left in eval mode.
-        batches: step → that step's whole batch, a dict of tensors with one row an example. A function of the step alone.
+        batches: step → that step's whole batch, a dict of tensors with one row an example. A function of the
+            step alone.
         loss: (model, batch) → (sum over tokens or pairs, how many); `sft_loss` is one.
         config: see `TrainConfig`.
 
     Raises:
-        ValueError: nothing to train, nothing to learn from in a batch, or the checkpoint belongs to another run.
+        ValueError: nothing to train, nothing to learn from in a batch, or the checkpoint belongs to another
+            run.
         FloatingPointError: the loss is not a finite number.
-        MemoryError: the first batch needs more memory than is there; says which term of the plan to cut, and how.
+        MemoryError: the next step needs more memory than is there; says which term of its plan to cut, and
+            how.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
-            "nothing to train: no parameter requires gradients; call add_adapters(model, AdapterConfig()) first"
+            "nothing to train: no parameter requires gradients; "
+            "call add_adapters(model, AdapterConfig()) first"
         )
     accelerator = Accelerator(cpu=next(iter(parameters.values())).device.type == "cpu")
     optimizer = torch.optim.AdamW(
@@ -149,6 +157,7 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     if config.checkpoint_dir is not None:
         history = _resume(Path(config.checkpoint_dir), parameters, optimizer, config) or history
     model.train()
+    guard = Guard(model, loss, config.gradient_accumulation_steps * accelerator.num_processes)
     first = len(history.losses)
     try:
         for step in _progress(range(first, config.steps), config, accelerator, history):
@@ -156,10 +165,8 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
             batch = batches(step)
-            if step == first and not config.ignore_budget:
-                refuse_over_budget(
-                    model, batch, config.gradient_accumulation_steps * accelerator.num_processes
-                )
+            if not config.ignore_budget:
+                guard.check(batch)
             total, count = _accumulate(model, batch, loss, config.gradient_accumulation_steps, accelerator)
             if count == 0:
                 raise ValueError(
@@ -179,6 +186,7 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
             norm = nn.utils.clip_grad_norm_(parameters.values(), clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            guard.stepped()
             history.losses.append(total / count)
             history.learning_rates.append(config.rate(step))
             history.grad_norms.append(norm.item())
@@ -197,7 +205,8 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
 
 
 def _accumulate(model, batch: Batch, loss: Loss, parts: int, accelerator: Accelerator) -> tuple[float, int]:
-    """Backward of every part of the batch that falls to this process; the loss's sum and count over all processes."""
+    """Backward of every part of the batch that falls to this process; the loss's sum and count over all
+    processes."""
     device = next(model.parameters()).device
     processes = accelerator.num_processes
     rows = torch.arange(len(next(iter(batch.values()))))
@@ -251,9 +260,10 @@ def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, histo
                 )
 
 
-# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# One safetensors file, put in place by one rename: parameters, both AdamW moments by name, the generators' bytes; the step,
-# the history and the settings in its header. accelerate's own folders are pickles, and are not bit-exact by default.
+# ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+# One safetensors file, put in place by one rename: parameters, both AdamW moments by name, the generators'
+# bytes; the step, the history and the settings in its header. accelerate's own folders are pickles, and are
+# not bit-exact by default.
 
 
 def _settings(config: TrainConfig) -> dict:

@@ -1,19 +1,19 @@
-"""A model of true size with random weights: what a step takes and how long depends on their number, not on what they say.
+"""A model of true size with random weights: what a step takes and how long depends on their number, not on
+what they say.
 
-    python -m spark_ft.lab.true_size                    all 80 layers of Llama-3.3-70B in NF4, LoRA r16, S = 512 and 2048
-    python -m spark_ft.lab.true_size --layers 2 --lengths 512
+    python -m spark_ft.lab.true_size                    all 80 layers of Llama-3.3-70B in NF4, LoRA r16, S =
+    512 and 2048 python -m spark_ft.lab.true_size --layers 2 --lengths 512
 
-Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes minutes and writes
-`data/measurements/gpu/NAME.json`, with device, date, versions and settings.
+Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes minutes and
+writes `data/measurements/gpu/NAME.json`, with device, date, versions and settings.
 """
 
 import argparse
-import copy
+import dataclasses
 import datetime
 import json
 import sys
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spark_ft.adapters import AdapterConfig, add_adapters
+from spark_ft.experts import nf4_names, put_nf4
 from spark_ft.files import ROOT, write_atomically
 from spark_ft.memory.machine import free_at_once, measure
-from spark_ft.memory.plan import CONTEXT, EMBEDDINGS, LOGITS, MOMENTS, MemoryPlan, plan_training
+from spark_ft.memory.plan import MemoryPlan, plan_step, plan_training
 from spark_ft.memory.shapes import known_config
-from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
+from spark_ft.memory.trace import MOMENTS, kinds_of
+from spark_ft.methods.nf4 import NF4Linear
 from spark_ft.scoring import sft_loss
 
 MEASURED = ROOT / "data" / "measurements" / "gpu"
@@ -47,7 +47,7 @@ def giant_config(layers: int, name: str = "Llama-3.3-70B"):
 
 
 def random_nf4_model(config, device: str, dtype: torch.dtype, seed: int = 0):
-    """A causal language model with random weights, its linear layers but the head in NF4, in training mode.
+    """A causal language model with random weights in training mode, in NF4 as `load_model` would make it.
 
     Never more than the quantized model and one tensor is in memory.
     """
@@ -56,100 +56,99 @@ def random_nf4_model(config, device: str, dtype: torch.dtype, seed: int = 0):
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    fill(model, device, dtype, seed, keep=(model.get_output_embeddings(),))
+    fill(model, device, seed, quantized=nf4_names(model))
     model.tie_weights()
     return model.to(device).train()
 
 
-def fill(
-    model: nn.Module, device: str, dtype: torch.dtype, seed: int = 0, keep: Sequence[nn.Module] = ()
-) -> None:
-    """Draw every parameter of a model on the meta device, one at a time; linear layers not in `keep` become `NF4Linear`."""
+def fill(model: nn.Module, device: str, seed: int, quantized: Sequence[str]) -> None:
+    """Draw every parameter of a model on the meta device, one at a time; those in `quantized` go into NF4."""
     generator = torch.Generator(device).manual_seed(seed)
-    for name, module in list(model.named_modules()):
-        for part, p in list(module.named_parameters(recurse=False)):
-            if p.dim() == 1:  # a norm's
-                tensor = torch.ones(p.shape, device=device, dtype=dtype)
-            else:
-                tensor = torch.randn(p.shape, generator=generator, device=device, dtype=dtype).mul_(0.02)
-            if part == "weight" and isinstance(module, nn.Linear) and module not in keep:
-                model.set_submodule(name, NF4Linear(quantize_nf4(tensor)))
-            else:
-                module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
-            del tensor
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dim() == 1:  # a norm's
+            tensor = torch.ones(parameter.shape, device=device, dtype=parameter.dtype)
+        else:
+            place = {"device": device, "dtype": parameter.dtype}
+            tensor = torch.randn(parameter.shape, generator=generator, **place).mul_(0.02)
+        if name in quantized:
+            put_nf4(model, name, tensor)
+        else:
+            owner, _, part = name.rpartition(".")
+            plain = nn.Parameter(tensor, requires_grad=False)
+            model.get_submodule(owner).register_parameter(part, plain)
+        del tensor, parameter
 
 
-# ── one decoder layer ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one decoder layer ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def random_layer(
     config, device: str = "cpu", dtype: torch.dtype = torch.float32, rank: int = 16, seed: int = 0
 ) -> nn.Module:
-    """One decoder layer of a Llama of this shape, in NF4 with random weights, LoRA on all its linear layers."""
+    """One decoder layer of a Llama of this shape, in NF4 with random weights, LoRA on its linear layers.
+
+    On the meta device it has sizes and no weights.
+    """
     from accelerate import init_empty_weights
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     config._attn_implementation = "sdpa"
     with init_empty_weights(include_buffers=False):
         layer = LlamaDecoderLayer(config, 0).to(dtype)
-    fill(layer, device, dtype, seed)
+    linear = [f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    if device == "meta":
+        for name in linear:
+            put_nf4(layer, name)
+    else:
+        fill(layer, device, seed, linear)
     torch.manual_seed(seed)
     return add_adapters(layer, AdapterConfig(rank=rank)).train()
 
 
-def layer_step(layer: nn.Module, config, length: int, seed: int = 0) -> float:
-    """Forward and backward of one row of random hidden states through a layer, its activations computed again in backward.
-
-    Returns the output's mean square, to look at; gradients stay on the adapters.
-    """
+def layer_loss(layer: nn.Module, config, length: int, seed: int = 0) -> Tensor:
+    """Mean square of what a layer makes of one row of random hidden states; its activations are not kept for
+    backward."""
     from torch.utils.checkpoint import checkpoint
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     parameter = next(p for p in layer.parameters() if not p.requires_grad)
-    generator = torch.Generator(parameter.device).manual_seed(seed)
     place = {"device": parameter.device, "dtype": parameter.dtype}
-    x = torch.randn(1, length, config.hidden_size, generator=generator, **place).requires_grad_()
+    torch.manual_seed(seed)
+    x = torch.randn(1, length, config.hidden_size, **place).requires_grad_()
     positions = torch.arange(length, device=parameter.device)[None]
     rotation = LlamaRotaryEmbedding(config).to(parameter.device)(x, positions)
 
     def forward(hidden: Tensor) -> Tensor:
         return layer(hidden, position_embeddings=rotation, position_ids=positions)
 
-    out = checkpoint(forward, x, use_reentrant=False)
-    loss = out.float().square().mean()
+    return checkpoint(forward, x, use_reentrant=False).float().square().mean()
+
+
+def layer_step(layer: nn.Module, config, length: int) -> float:
+    """Forward and backward of `layer_loss`; returns it, and leaves gradients on the adapters."""
+    loss = layer_loss(layer, config, length)
     loss.backward()
     return loss.item()
 
 
-def plan_layer(
-    config, length: int, dtype: torch.dtype = torch.float32, rank: int = 16, device: str = "cpu"
-) -> MemoryPlan:
-    """The plan of `layer_step`: that of a model of one such layer, without embeddings, head, optimizer and CUDA context."""
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    settings = {
-        "length": length,
-        "completion": 1,
-        "rank": rank,
-        "dtype": dtype,
-        "moments": 0,
-        "device": device,
-    }
-    plan = plan_training(one, "qlora", **settings)
-    left_out = {EMBEDDINGS, LOGITS, MOMENTS, CONTEXT}
-    terms = {name: size for name, size in plan.terms.items() if name not in left_out}
-    return MemoryPlan(terms, plan.peak - plan.terms[EMBEDDINGS] - plan.terms[CONTEXT], plan.settings)
+def plan_layer(config, length: int, dtype: torch.dtype = torch.float32, rank: int = 16) -> MemoryPlan:
+    """The plan of `layer_step`, which has no optimizer."""
+    layer = random_layer(config, "meta", dtype, rank)
+    plan = plan_step(layer, {"row": torch.zeros(1)}, lambda layer, _: (layer_loss(layer, config, length), 1))
+    return dataclasses.replace(plan, terms={name: n for name, n in plan.terms.items() if name != MOMENTS})
 
 
 def measure_layer(config, length: int) -> dict[str, float]:
-    """Make one layer of this shape in fp32 on the CPU and take it through `layer_step`, in a process of its own.
+    """Make one layer of this shape in fp32 on the CPU and take it through `layer_step`, in a process of its
+    own.
 
-    In a process that has computed before, what that left in the heap is filled first, and what is needed looks like more.
+    In a process that has computed before, what that left in the heap is filled first, and what is needed
+    looks like more.
 
     Returns:
-        "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak while it was made), and
-        "counted" and "process" (the step's peak as `Allocated` and the system see it, the layer included); "seconds making",
-        "seconds a step".
+        "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak while it was
+        made), and "counted" and "process" (the step's peak as the tracker and the system see it, the layer
+        included); "seconds making", "seconds a step".
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         return fresh.submit(_layer_figures, config, length).result()
@@ -160,56 +159,27 @@ def _layer_figures(config, length: int) -> dict[str, float]:
     small = giant_config(1, "SmolLM2-135M")
     layer_step(random_layer(small), small, 16)  # libraries load and make their workspaces
     started = time.perf_counter()
-    with measure("cpu", anonymous=True) as making:
+    with measure("cpu", process=True) as making:
         layer = random_layer(config)
     made = time.perf_counter()
     quantized = [module.weight for module in layer.modules() if isinstance(module, NF4Linear)]
     own = sum({id(t): t.nbytes for t in (*layer.parameters(), *layer.buffers())}.values())
     begun = time.perf_counter()
-    with measure("cpu") as process, Allocated() as counted:
+    with measure("cpu", process=True) as process, measure("cpu") as counted:
         layer_step(layer, config, length)
     return {
         "weights": sum(weight.numel() for weight in quantized),
         "in 4 bits": sum(weight.nbytes for weight in quantized),
         "layer": own,
         "making": making.extra,
-        "counted": own + counted.peak,
+        "counted": own + counted.extra,
         "process": own + process.extra,
         "seconds making": made - started,
         "seconds a step": time.perf_counter() - begun,
     }
 
 
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of tensors made inside a `with` block that are alive, and the most at once; a view adds nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = _storages((args, kwargs)).keys()
-        for key, storage in _storages(result).items():
-            if key not in self._alive and key not in given:
-                self._alive.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
-
-
-def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-
-
-# ── the whole model ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the whole model ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def measure_run(
@@ -220,7 +190,8 @@ def measure_run(
     dtype: torch.dtype = torch.bfloat16,
     rank: int = 16,
 ) -> dict[str, Any]:
-    """QLoRA steps on a model of this shape, batch 1 and checkpointing: peak bytes, seconds a step, tokens a second.
+    """QLoRA steps on a model of this shape, batch 1 and checkpointing: peak bytes, seconds a step, tokens a
+    second.
 
     Args:
         config: a transformers config.
@@ -237,6 +208,8 @@ def measure_run(
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    # on a CPU only what a step makes is counted
+    held = 0 if device.startswith("cuda") else sum(tensor.nbytes for tensor, _ in kinds_of(model))
     runs = []
     for length in lengths:
         ids = torch.randint(
@@ -258,7 +231,7 @@ def measure_run(
         runs.append(
             {
                 "length": length,
-                "peak bytes": memory.peak,
+                "peak bytes": memory.peak + held,
                 "planned peak bytes": plan.peak,
                 "planned terms": plan.terms,
                 "seconds a step": median(times[1:] or times),
@@ -316,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     device, dtype = torch.device(options.device), torch.bfloat16 if options.device != "cpu" else torch.float32
     config = giant_config(options.layers, options.model)
     result = {
-        "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear layers, AdamW, "
-        "checkpointing, batch 1",
+        "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear layers, "
+        "AdamW, checkpointing, batch 1",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "device bytes": torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"
