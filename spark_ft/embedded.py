@@ -98,6 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def no_progress_bar():
+    """Inside the block, or the function it decorates, transformers shows no progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

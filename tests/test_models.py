@@ -29,9 +29,6 @@ MODEL_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd
 IDS = torch.tensor([[5, 6, 7]])
 
 
-# --- the model ---
-
-
 def test_load_model_gives_the_whole_model_ready_to_use(embedded):
     model, tokenizer = embedded
     assert sha256(embedded_folder() / "model.safetensors") == MODEL_SHA256  # the weights that were measured
@@ -61,9 +58,6 @@ def test_the_tokenizer_splits_digits_as_the_model_was_trained_with(embedded):
     for text in ("250 g of flour, 1½ cups", "table 17", "na\u00efve 5°C\n"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert load_tokenizer().tokenize("at 10 or ½ past") == tokenizer.tokenize("at 10 or ½ past")
-
-
-# --- conversion: with a small model in the place of the real one, and once for real ---
 
 
 @pytest.fixture
@@ -204,9 +198,6 @@ def test_the_cache_can_be_elsewhere(tmp_path):
     assert out.stdout.strip() == str(tmp_path / "c")
 
 
-# --- ways not to get a model ---
-
-
 def refused(says, *source, error=ValueError, **options):
     with pytest.raises(error, match=says):
         load_model(*source, **options)
@@ -308,9 +299,6 @@ def test_what_is_no_model_for_this_is_refused_in_a_sentence(saved, folder):
         refused(f"{folder}: .*{says}", saved(tiny_llama(), config={"model_type": "nonsense", **config}))
     (folder / "config.json").write_text("{")
     refused(f'no model could be read from "{folder}": .*valid JSON', folder, error=OSError)
-
-
-# --- in 4 bits ---
 
 
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
@@ -424,9 +412,6 @@ def test_reading_into_4_bits_holds_no_more_than_the_quantized_model_and_one_tens
     assert peak <= size + largest
 
 
-# --- checkpoints that others quantized ---
-
-
 def in_bits(saved, **settings):
     """A checkpoint by bitsandbytes, and the model that it made; with other sizes it is wrong: test_nf4.py."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
@@ -501,9 +486,6 @@ def test_a_checkpoint_in_fp8_or_mxfp4_becomes_plain_or_nf4_weights(saved, kind, 
     assert torch.equal(in_4_bits(IDS).logits, quantize_model(model)(IDS).logits)
 
 
-# --- before a hub model is fetched ---
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub that knows one model of 141 GB; what it says can be changed."""
@@ -569,9 +551,6 @@ def test_a_model_of_the_hub_that_is_cached_loads_whole_and_in_4_bits(tmp_path, e
         assert model.config._name_or_path == "org/moe"
 
 
-# --- choosing a model ---
-
-
 def test_spark_ft_model_names_another_model_and_an_argument_overrides_it(folder, monkeypatch):
     expected = tiny_llama(packed=False)(IDS).logits
     monkeypatch.setenv("SPARK_FT_MODEL", str(folder))
@@ -598,9 +577,6 @@ def test_models_that_attend_in_other_ways_are_not_packed(saved):
         assert (model.config._attn_implementation == PACKED) == packed
 
 
-# --- profiles ---
-
-
 def test_the_table_of_profiles(monkeypatch):
     assert {name: (p.name, p.model, p.large_model, p.dtype) for name, p in PROFILES.items()} == {
         "laptop": ("laptop", None, None, torch.float32),  # the embedded model: no hub in the default path
@@ -615,17 +591,12 @@ def test_the_table_of_profiles(monkeypatch):
         profile()
 
 
-@pytest.mark.parametrize(
-    ("device", "expected"),
-    [
-        (None, "laptop"),
-        (SimpleNamespace(is_integrated=False, total_memory=8 * 10**9), "laptop"),
-        (SimpleNamespace(is_integrated=False, total_memory=15_600_000_000), "gpu"),  # a T4
-        (SimpleNamespace(is_integrated=True, total_memory=128 * 10**9), "spark"),
-    ],
-)
-def test_the_profile_is_detected_where_none_is_named(monkeypatch, device, expected):
+def test_the_profile_is_detected_where_none_is_named(monkeypatch):
     monkeypatch.delenv("SPARK_FT_PROFILE")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    assert profile().name == expected
+    for integrated, size, expected in (
+        (False, 0, "laptop"), (False, 8e9, "laptop"), (False, 15.6e9, "gpu"), (True, 128e9, "spark"),
+    ):  # fmt: skip
+        device = SimpleNamespace(is_integrated=integrated, total_memory=size)  # a T4 has 15.6e9
+        monkeypatch.setattr(torch.cuda, "is_available", lambda size=size: size > 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
+        assert profile().name == expected
