@@ -51,14 +51,16 @@ from spark_ft import (
     train,
 )
 from spark_ft.adapters import adapted_layers
-from spark_ft.evaluation import mean_interval, paired_difference
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.common import held_out
 from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS, tune_rank
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 from spark_ft.memory import measure
-from spark_ft.models import EMBEDDED, ROOT
+from spark_ft.memory.plan import plan_step
+from spark_ft.stats import mean_interval, paired_difference
 
 TICKETS = ROOT / "data" / "kitchen_tickets"
 train_rows = read_records(TICKETS / "train.jsonl", "sft")
@@ -73,48 +75,49 @@ print(train_rows[0]["prompt"], "\n→", train_rows[0]["completion"])
 #
 # Full fine-tuning keeps four numbers for every weight: the **weight**, its **gradient** (which way is downhill), and the two
 # **moments** of AdamW (a running average of the gradient, and one of its square). The next cell takes one real training step on
-# four tickets with every weight trainable, and then counts the bytes of the tensors that exist. It also watches the memory of
-# this process while the step runs, and keeps its peak (`spark_ft.memory.measure`).
+# four tickets with every weight trainable, follows every tensor of the step from its birth to its death (`spark_ft.memory.measure`), and asks
+# the plan what was there at the worst moment (`plan_step` runs the same step on tensors that have a shape and no memory).
 
 # %%
-def count_bytes(tensors) -> int:
-    return sum(t.nbytes for t in tensors)
+KINDS_OF_WEIGHTS = ("linear layers", "embeddings and head", "norms", "adapters")
 
 
-def one_step(model, batch) -> dict[str, int]:
-    """One AdamW step on everything that trains; the bytes of the tensors that it needed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    model.train()
-    total, tokens = sft_loss(model, batch)
-    (total / tokens).backward()
-    optimizer.step()
-    model.eval()
-    moments = [m for state in optimizer.state.values() for name, m in state.items() if name != "step"]
-    return {
-        "weights": count_bytes(model.parameters()),
-        "gradients": count_bytes(p.grad for p in trained),
-        "AdamW moments": count_bytes(moments),
+def worst_moment(model, batch) -> dict[str, int]:
+    """The worst moment of an AdamW step in bytes, by what they are: planned, and held to the real step."""
+    plan = plan_step(model.train(), batch)
+    weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    for _ in range(2):  # AdamW makes its moments at the end of the first step
+        optimizer.zero_grad(set_to_none=True)
+        with measure("cpu") as memory:
+            total, tokens = sft_loss(model, batch)
+            (total / tokens).backward()
+        optimizer.step()
+    moments = sum(m.nbytes for state in optimizer.state.values() for name, m in state.items() if name != "step")
+    counted = weights + moments + memory.extra
+    print(f"counted {counted / 1e6:.0f} MB at the worst moment, planned {plan.peak / 1e6:.0f} MB: {plan.where}")
+    assert abs(plan.peak / counted - 1) < 0.02
+    parts = {
+        "weights": sum(plan.terms.get(kind, 0) for kind in KINDS_OF_WEIGHTS),
+        "gradients": plan.terms.get("gradients", 0),
+        "AdamW moments": plan.terms["optimizer moments"],
     }
+    return {**parts, "activations, scratch": plan.peak - sum(parts.values())}
 
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
-model.cpu()  # so that the process's memory is all the memory there is, on a machine with a GPU too
 four_tickets = sft_batches(train_rows, tokenizer, 4)(0)
-model.requires_grad_(True)
-with measure("cpu") as memory:
-    full = one_step(model, four_tickets)
-# what the process took beyond the tensors we can name; the weights were there before
-full["activations, scratch"] = max(0, memory.extra - full["gradients"] - full["AdamW moments"])
+model.cpu().requires_grad_(True)
+full = worst_moment(model, four_tickets)
 parameters = sum(p.numel() for p in model.parameters())
 for name, size in full.items():
     print(f"{name:<22}{size / 1e6:8.0f} MB {size / parameters:6.2f} bytes per parameter")
-print(f"{'in all':<22}{sum(full.values()) / 1e6:8.0f} MB for {parameters / 1e6:.1f} M parameters")
+print(f"{'at the worst moment':<22}{sum(full.values()) / 1e6:8.0f} MB for {parameters / 1e6:.1f} M parameters")
 del model
 
 # %% [markdown]
-# Four bytes each for weight, gradient and two moments: sixteen bytes for every parameter before the first sentence is read. The
-# first three rows are counted and the same on every machine; the last one is measured and depends on the batch and on the moment.
+# Four bytes each for a weight, its gradient and two moments: sixteen bytes per parameter, whatever the batch. They are not all there at once: at the worst
+# moment of this step, activations are still there and most gradients are not. A longer batch moves that moment and makes the last row larger.
 #
 # The same count for models you may want: we build the published shapes of Llama 3 8B and 70B on PyTorch's `meta` device, where
 # a tensor has a shape and no memory, put rank-16 adapters on them, and count. Sizes are in GB (10⁹ bytes).
@@ -612,19 +615,17 @@ del tuned
 # %%
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 add_adapters(model.cpu(), AdapterConfig(rank=16))
-with measure("cpu") as memory:
-    lora = one_step(model, four_tickets)
-lora["activations, scratch"] = max(0, memory.extra - lora["gradients"] - lora["AdamW moments"])
+lora = worst_moment(model, four_tickets)
+trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 del model
 
 fig, ax = plots.figure(
-    "LoRA saves gradients and moments; weights and activations stay",
+    f"At its worst moment a full step holds {sum(full.values()) / sum(lora.values()):.1f} times what a LoRA step holds",
     x="memory of one training step (MB)",
     y="what trains",
     width=9.5,
     height=3.0,
-    caption="embedded model, fp32, 4 tickets. Weights, gradients and moments are counted from the tensors; the rest is the peak of "
-    "this process's memory, measured, less those.",
+    caption="embedded model, fp32, 4 tickets, at the worst moment of each step; planned, and equal to the tensors that were counted.",
 )
 offset = {"full": 0.0, "LoRA r16": 0.0}
 for part, role in zip(full, ("yours", "package", "reference", "control"), strict=True):
@@ -639,10 +640,10 @@ plots.show(
     f"moments {full['AdamW moments'] / 1e6:.0f}. LoRA: {offset['LoRA r16']:.0f} MB, gradients {lora['gradients'] / 1e6:.0f} and "
     f"moments {lora['AdamW moments'] / 1e6:.0f}.",
 )
-trains_full, trains_lora = (x["gradients"] + x["AdamW moments"] for x in (full, lora))
 for part in full:
     print(f"{part:<22}full {full[part] / 1e6:7.0f} MB     LoRA {lora[part] / 1e6:7.0f} MB")
-print(f"gradients and moments: {trains_full / trains_lora:.0f} times less; the whole step: {offset['full'] / offset['LoRA r16']:.1f} times less")
+print(f"numbers that train, each with a gradient and two moments: {parameters / trained:.0f} times fewer; "
+      f"the whole step: {offset['full'] / offset['LoRA r16']:.1f} times less")  # fmt: skip
 
 # %% [markdown]
 # **What you should see.** Gradients and moments shrink by the share of parameters that train. The weights stay, and so do most of the
@@ -706,6 +707,7 @@ headline(
         "random notes": random_loss.value,
         "rank 16, 3 seeds": best.value,
         "against PEFT, at most": max(parity.values()),
-        "gradients and moments, full / LoRA": trains_full / trains_lora,
+        "gradients and moments, full / LoRA": parameters / trained,
+        "whole step, full / LoRA": offset["full"] / offset["LoRA r16"],
     }
 )

@@ -62,7 +62,8 @@ from spark_ft.lab.experiments.common import TRAIN, VALIDATION, held_out
 from spark_ft.lab.experiments.lab_3_1_2 import SETTINGS, moved, tune_dora, watched_weights
 from spark_ft.memory.machine import measure
 from spark_ft.methods.dora import row_norm as package_row_norm
-from spark_ft.models import EMBEDDED, ROOT
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 train_rows = read_records(ROOT / TRAIN, "sft")

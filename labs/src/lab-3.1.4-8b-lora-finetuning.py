@@ -498,8 +498,8 @@ for p in PROFILES.values():
 
 # %% [markdown]
 # Does 8B fit? Count before you load. `plan_training` builds the model's true shape without its memory and adds up what a step
-# holds: weights, adapters, gradients, AdamW's moments, what backward needs. Rows of 2,048 tokens, one at a time, checkpointing;
-# the last column says whether it would fit this machine now, and a DGX Spark with nothing else on it.
+# holds at its worst moment: weights, adapters, gradients, AdamW's moments, what backward needs. Rows of 2,048 tokens, one at a time,
+# checkpointing; the last column says whether it would fit this machine now, and a DGX Spark with nothing else on it.
 
 # %%
 from spark_ft.memory import plan_training
@@ -511,9 +511,9 @@ plans = {method: plan_training(eight, method, length=2048) for method in ("full"
 print(f"{'GB':<14}" + "".join(f"{name:>18}" for name in ("weights", "trained: all of it", "the rest", "at the peak")) + "   fits here, a Spark")
 for method, plan in plans.items():
     weights = sum(plan.terms[name] for name in ("linear layers", "embeddings and head", "norms"))
-    trained = sum(plan.terms[name] for name in ("adapters", "gradients", "optimizer moments"))
+    trained = sum(plan.terms.get(name, 0) for name in ("adapters", "gradients", "optimizer moments"))
     fits = [room.available is not None and plan.peak <= room.available for room in (budget(), DGX_SPARK)]
-    sizes = (weights, trained, plan.total - weights - trained, plan.peak)
+    sizes = (weights, trained, plan.peak - weights - trained, plan.peak)
     print(f"8B, {method:<10}" + "".join(f"{size / 1e9:>18.1f}" for size in sizes) + f"   {' and '.join('yes' if fit else 'no' for fit in fits)}")
 
 # %% [markdown]

@@ -50,7 +50,8 @@ from spark_ft import (
     sft_loss,
     train,
 )
-from spark_ft.evaluation import mean_interval, paired_difference
+from spark_ft.embedded import EMBEDDED, embedded_folder
+from spark_ft.files import ROOT
 from spark_ft.lab import headline, plots, true_size as giant
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.experiments import agrees, load
@@ -64,12 +65,14 @@ from spark_ft.lab.experiments.lab_3_1_5 import (
     rounded,
     tune_on,
 )
-from spark_ft.memory import fits, plan_step, plan_training, refuse_over_budget
-from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget, budget, free_at_once, held, measure
+from spark_ft.memory.guard import Guard, fit_report
+from spark_ft.memory.machine import DGX_SPARK, GIB, Machine, MemoryBudget, budget, free_at_once, held, measure
+from spark_ft.memory.plan import plan_step, plan_training
 from spark_ft.memory.shapes import known_config
 from spark_ft.methods import nf4
 from spark_ft.methods.nf4 import NF4_CODE, quantize_nf4
-from spark_ft.models import EMBEDDED, ROOT, embedded_folder, load_nf4, preflight
+from spark_ft.models import load_nf4, preflight
+from spark_ft.stats import mean_interval, paired_difference
 
 CPU = torch.device("cpu")
 train_rows = read_records(ROOT / TRAIN, "sft")
@@ -440,7 +443,7 @@ del tuned, in_bf16
 # Loading first. `load_model(quantize="nf4")` reads one tensor at a time, quantizes it, and forgets the original, so that the peak is the quantized model and one tensor. That is
 # measured here in *anonymous* memory, which is no file's and cannot be dropped. Then one training step each with LoRA and QLoRA, three times told:
 #
-# - **planned**: `plan_step` counts it from shapes, term by term,
+# - **planned**: `plan_step` runs the step on tensors that have a shape and no memory,
 # - **counted**: every tensor that PyTorch makes during the step, followed until it is freed,
 # - **process**: what the operating system sees, workspaces and leftovers of the allocator included.
 #
@@ -450,7 +453,7 @@ del tuned, in_bf16
 # %%
 del whole, embeddings, SOURCES
 free_at_once()
-with measure("cpu", anonymous=True) as loading:
+with measure("cpu", process=True) as loading:
     model = load_nf4(embedded_folder(), torch.float32, "cpu")
 loaded = held(CPU, anonymous=True) - loading.start
 tensors = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
@@ -466,11 +469,11 @@ def one_step(model) -> dict[str, float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     own = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     plan = plan_step(model, three_tickets)
-    with measure("cpu") as process, giant.Allocated() as made:
+    with measure("cpu", process=True) as process, measure("cpu") as made:
         total, count = sft_loss(model, three_tickets)
         (total / count).backward()
         optimizer.step()
-    return {"weights": own, "plan": plan, "planned": plan.peak, "counted": own + made.peak, "process": own + process.extra}
+    return {"weights": own, "plan": plan, "planned": plan.peak, "counted": own + made.extra, "process": own + process.extra}
 
 
 steps = {"QLoRA": one_step(model)}
@@ -581,8 +584,8 @@ def qlora_terms(shape: dict[str, int], rank: int, length: int) -> dict[str, floa
 checks.check_terms(qlora_terms)
 
 # %% [markdown]
-# The rest is smaller: one layer computed again, a block of rows unpacked, gradients on their way through, a piece of the logits, and on a GPU the CUDA context. `plan_training` counts all of it on the
-# model's true shape, made on PyTorch's `meta` device, where a tensor has a shape and no memory. Batch 1, rank 16 on all linear layers; notes, gradients and moments in bf16.
+# The rest is smaller: one layer computed again, a block of rows unpacked, gradients on their way through, a piece of the logits, and on a GPU the CUDA context. `plan_training` builds the
+# model's true shape on tensors without memory, runs the real step on it, and says what is there at the worst moment. Batch 1, rank 16 on all linear layers; notes, gradients and moments in bf16.
 
 # %%
 shape_70b = known_config("Llama-3.3-70B")
@@ -596,23 +599,30 @@ GROUPS = {
     "embeddings, head": ("embeddings and head",),
     "notes, gradients, moments": ("adapters", "gradients", "optimizer moments"),
     "checkpoints": ("checkpoints",),
-    "one layer, logits, context": ("one layer recomputed", "dequantized weight", "gradients in passing", "logits", "CUDA context"),
+    "one layer, logits, context": ("one layer recomputed", "dequantized weight", "gradients in passing", "logits", "masks and positions", "CUDA context"),
 }
-unusual = {"dtype": torch.float32, "whole_matrices": True, "logit_rows": None}
+
+
+def whole_logits(model, batch):
+    """transformers' own loss, which keeps the logits of every position."""
+    return model(**batch, use_cache=False).loss, 1
+
+
+unusual = {"dtype": torch.float32, "loss": whole_logits}
 bars = {f"S = {length:,}": plan for length, plan in plans.items()}
 bars["S = 2,048, PEFT's\nusual preparation"] = plan_training(shape_70b, "qlora", length=2048, **unusual)
 fig, ax = plots.figure(
-    f"QLoRA of 70B adds up to {plans[512].total / 1e9:.0f} to {plans[2048].total / 1e9:.0f} GB: a DGX Spark holds it twice",
+    f"QLoRA of 70B needs {plans[512].peak / 1e9:.0f} to {plans[2048].peak / 1e9:.0f} GB at its worst moment: a DGX Spark holds it twice",
     x="memory of one training step (GB)",
     y="tokens a row",
     width=9.5,
     height=3.4,
-    caption="counted from Llama-3.3-70B's shape: batch 1, LoRA r16 on all linear layers, checkpointing. Top two: all but NF4 in bf16, logits in pieces. Third: "
-    "everything else in fp32, matrices unpacked whole, all logits kept. Lines: what this machine and an idle DGX Spark have to plan with.",
+    caption="planned for Llama-3.3-70B's shape: batch 1, LoRA r16 on all linear layers, checkpointing. Top two: all but NF4 in bf16, logits in pieces. Third: "
+    "everything else in fp32, all logits kept. Lines: what this machine and an idle DGX Spark have to plan with.",
 )
 offset = np.zeros(len(bars))
 for (group, names), role in zip(GROUPS.items(), ("yours", "package", "reference", "other", "control"), strict=True):
-    sizes = [sum(plan.terms[name] for name in names) / 1e9 for plan in bars.values()]
+    sizes = [sum(plan.terms.get(name, 0) for name in names) / 1e9 for plan in bars.values()]
     ax.barh(list(bars), sizes, 0.6, left=offset, label=group, **plots.BAR[role])
     offset += sizes
 limits = {"this machine": room_here, "DGX Spark": DGX_SPARK}
@@ -627,18 +637,18 @@ plots.show(
     fig,
     alt="Stacked bars in GB. "
     + " ".join(
-        f"{name.replace(chr(10), ' ')}: {plan.total / 1e9:.1f} in all, of which "
-        + ", ".join(f"{group} {sum(plan.terms[n] for n in names) / 1e9:.1f}" for group, names in GROUPS.items())
+        f"{name.replace(chr(10), ' ')}: {plan.peak / 1e9:.1f} in all, of which "
+        + ", ".join(f"{group} {sum(plan.terms.get(n, 0) for n in names) / 1e9:.1f}" for group, names in GROUPS.items())
         + "."
         for name, plan in bars.items()
     )
     + f" A DGX Spark has {DGX_SPARK.available / 1e9:.0f} to plan with.",
 )
 for length, plan in plans.items():
-    print(f"S = {length}: {plan.total / 1e9:.1f} GB in all, {plan.peak / 1e9:.1f} GB at the worst moment")
+    print(f"S = {length}: {plan.peak / 1e9:.1f} GB at the worst moment, the {plan.where}")
     on_this = plan_training(shape_70b, "qlora", length=length, adapter_dtype=torch.bfloat16, device="cpu" if room_here.device == "cpu" else "cuda")
-    print(f"   this machine {fits(on_this, room_here)}")
-    print(f"   a DGX Spark  {fits(plan, DGX_SPARK)}")
+    print(f"   this machine {fit_report(on_this, room_here)}")
+    print(f"   a DGX Spark  {fit_report(plan, DGX_SPARK)}")
 
 # %% [markdown]
 # Every other choice is a setting of its own. What each does to the worst moment, at S = 2,048:
@@ -648,9 +658,7 @@ variants = {
     "as above": {},
     "notes, gradients, moments in fp32": {"adapter_dtype": torch.float32},
     "rank 64": {"rank": 64},
-    "scales not quantized (4.5 bits)": {"double_quant": False},
-    "matrices unpacked whole": {"whole_matrices": True},
-    "all logits kept": {"logit_rows": None},
+    "all logits kept": {"loss": whole_logits},
     "no checkpointing": {"checkpointing": False},
     "8 rows at once": {"batch_size": 8},
 }
@@ -704,7 +712,7 @@ layer_groups = {
     "unpacked block, gradients in passing": ("dequantized weight", "gradients in passing"),
 }
 for (group, names), role in zip(layer_groups.items(), ("yours", "package", "reference", "other", "control"), strict=True):
-    size = sum(layer_plan.terms[name] for name in names) / 1e9
+    size = sum(layer_plan.terms.get(name, 0) for name in names) / 1e9
     ax.barh(["planned"], [size], 0.6, left=[offset], label=group, **plots.BAR[role])
     offset += size
 ax.plot([layer_plan.peak / 1e9] * 2, [-0.3, 0.3], color=plots.INK)
@@ -721,7 +729,7 @@ plots.show(
 )
 
 # %% [markdown]
-# **How to read it.** The coloured terms add up to a little more than the black tick, the worst moment, since not all of them are there at once. White is what was measured on top of the layer itself. The process holds more than
+# **How to read it.** The coloured terms are what is there at the worst moment. White is what was measured on top of the layer itself. The process holds more than
 # its tensors: the maths library's workspaces, for one.
 #
 # Eighty of these, the embeddings and the head are the model. And the time, honestly: 80 layers at this speed would be
@@ -746,7 +754,7 @@ print(f"80 × {stepped_in:.1f} s = {80 * stepped_in / 60:.0f} minutes for one st
 readings = {"mem_get_info": 41.52, "MemAvailable": 115.65}  # GiB, from the report above
 for name, free in readings.items():
     room = MemoryBudget(f"by {name}", True, DGX_SPARK.total, round(free * GIB), DGX_SPARK.reserve)
-    print(f"S = 2,048 {fits(plans[2048], room)}\n")
+    print(f"S = 2,048 {fit_report(plans[2048], room)}\n")
 
 # %% [markdown]
 # `budget()` takes the larger of the two, less a reserve: 8 GiB on a machine like that, so that it stays alive. `train` asks it before the first step, and refuses. Here is such a refusal: a thousand rows of 2,048 tokens at once, on the
@@ -757,7 +765,7 @@ model, _ = load_model(EMBEDDED, dtype=torch.float32)
 add_adapters(model.cpu(), AdapterConfig(rank=16)).train()
 ids = torch.arange(2048) % 1000 + torch.arange(1024)[:, None]
 try:
-    refuse_over_budget(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    Guard(model).check({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 except MemoryError as refusal:
     print(refusal)
 del model, ids
@@ -808,23 +816,14 @@ del large
 # %% [markdown]
 # ### How long on a DGX Spark?
 #
-# We have not measured it there, so here is what can be said without making a number up: **a floor**. The arithmetic of one step, divided by the rate of the chip. No software can be faster. NVIDIA's datasheet amounts to about 125 TFLOP/s dense bf16; 93 to 95 have been measured in attention kernels.
+# We have not measured it there, so here is what can be said without making a number up: **a floor**. The same run on tensors without memory counts the arithmetic of a step and the bytes that it must move; divide by the rates of the chip (273 GB/s for bytes) and take the larger. No software can be faster. NVIDIA's datasheet amounts to about 125 TFLOP/s dense bf16; 93 to 95 have been measured in attention kernels.
 
 # %%
-from spark_ft.bench.harness import step_flops
-
-with torch.device("meta"):
-    on_meta = add_adapters(AutoModelForCausalLM.from_config(shape_70b), AdapterConfig(rank=16))
 floor = {}
-for length in (512, 2048):
-    ids = torch.ones(1, length, dtype=torch.long)
-    flops = step_flops(on_meta, {"input_ids": ids, "attention_mask": ids, "labels": ids})
-    # checkpointing computes every layer's forward a second time
-    again_flops = sum(2 * length * (m.in_features * m.out_features + m.rank * (m.in_features + m.out_features))
-                      for m in on_meta.modules() if hasattr(m, "lora_A"))  # fmt: skip
-    floor[length] = {rate: (flops + again_flops) / (rate * 1e12) for rate in (125, 94)}
-    print(f"S = {length}: {(flops + again_flops) / 1e12:.0f} TFLOP a step; at least {floor[length][125]:.1f} s at 125 TFLOP/s, {floor[length][94]:.1f} s at 94: "
-          f"at most {length / floor[length][125]:.0f} tokens/s")  # fmt: skip
+for length, plan in plans.items():
+    floor[length] = {rate: plan.floor(Machine("", rate * 1e12, 273e9)) for rate in (125, 94)}
+    print(f"S = {length}: {plan.flops / 1e12:.0f} TFLOP and {plan.moved / 1e9:.0f} GB a step; at least {floor[length][125]:.1f} s at 125 TFLOP/s, "
+          f"{floor[length][94]:.1f} s at 94: at most {length / floor[length][125]:.0f} tokens/s")  # fmt: skip
 
 # %% [markdown]
 # A floor is not an estimate: unpacking 68 billion weights three times a step, and short rows that leave the chip idle, take their time. (Beware of tables in tokens a second: they may multiply rows by their *padded* length.

@@ -80,7 +80,7 @@ from spark_ft import (
     wilson_interval,
     write_records,
 )
-from spark_ft.data import padded
+from spark_ft.data.batches import padded
 from spark_ft.data.cleaning import drop_leaked, drop_near_duplicates
 from spark_ft.data.formats import GENERATION_TEMPLATE
 from spark_ft.data.judge import is_metric
@@ -90,7 +90,8 @@ from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.common import held_out
 from spark_ft.lab.experiments.lab_3_1_6 import SETTINGS, draw, tune_drawn
 from spark_ft.lab.tokens import show_tokens
-from spark_ft.models import EMBEDDED, ROOT
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 
 DATA = ROOT / "data"
 sharegpt = read_records(DATA / "kitchen_chats/train.jsonl", "sharegpt")
