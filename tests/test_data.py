@@ -137,12 +137,7 @@ def test_a_bad_file_is_named_with_its_mend(tmp_path):
     good = write(tmp_path / "mine.jsonl", ROW)
     known = "unknown kind 'pairs' of records; use one of sft, preference, feedback, chat"
     complains(
-        (
-            read_records,
-            (latin, "sft"),
-            f"{latin}:2: not UTF-8 at byte 14 of the line",
-            "save the file as UTF-8",
-        ),
+        (read_records, (latin, "sft"), f"{latin}:2: not UTF-8 at byte 14 of the line; save the file as"),
         (read_records, (empty, "sft"), f"{empty}: an empty data set; it needs at least one row of prompt"),
         (read_records, (blank, "sft"), f"{blank}: an empty data set"),
         (iter_records, (none, "sft"), f"{none}: no such file; check the path"),  # before anything is read
@@ -176,34 +171,27 @@ def test_iter_records_reads_one_line_at_a_time(tmp_path):
 # --- rendering -------------------------------------------------------------------------------------------
 
 
+def turn(role, text, **more):
+    return {"role": role, "content": text, **more}
+
+
 def test_render_gives_the_ids_of_the_whole_conversation_up_to_its_last_end_of_turn(tokenizer):
     prompt, completion = render(ROW, tokenizer)
-    messages = [
-        {"role": "user", "content": ROW["prompt"]},
-        {"role": "assistant", "content": ROW["completion"]},
-    ]
+    messages = [turn("user", ROW["prompt"]), turn("assistant", ROW["completion"])]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     head, end, after = text.rpartition("<|im_end|>")
     assert after == "\n", "the template changed: what follows the last turn was one newline"
     assert prompt + completion == tokenizer(head + end, add_special_tokens=False).input_ids
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(completion) == "Leek.<|im_end|>"
+    assert render({"messages": messages}, tokenizer) == (prompt, completion)
 
 
 def test_render_takes_the_last_answer_of_a_chat_as_the_completion(tokenizer):
-    turns = [
-        *CHAT["messages"],
-        {"role": "user", "content": "And fish?"},
-        {"role": "assistant", "content": "Cod."},
-    ]
+    turns = [*CHAT["messages"], turn("user", "And fish?"), turn("assistant", "Cod.")]
     prompt, completion = render({"messages": turns}, tokenizer)
     assert tokenizer.decode(completion) == "Cod.<|im_end|>"
     assert prompt == tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-
-
-def test_render_equals_itself_for_a_row_and_its_chat(tokenizer):
-    chat = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": ROW["completion"]}]
-    assert render(ROW, tokenizer) == render({"messages": chat}, tokenizer)
 
 
 def test_render_refuses_what_would_be_dropped_or_misread(tokenizer):
@@ -225,9 +213,8 @@ def test_render_refuses_what_would_be_dropped_or_misread(tokenizer):
         ({**ROW, "images": ["a.png"]}, '"images" is not used'),
     ]))  # fmt: skip
     empties = {"name": "", "tool_calls": [], "weight": None, "from": "human"}
-    assert render(chat({**user, **empties}, answer, tools=[], system=None), tokenizer) == render(
-        CHAT, tokenizer
-    )
+    same = chat({**user, **empties}, answer, tools=[], system=None)
+    assert render(same, tokenizer) == render(CHAT, tokenizer)
 
 
 TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
@@ -243,63 +230,26 @@ def with_template(tokenizer, template, content="m.content"):
 
 
 def test_a_template_that_fails_or_loses_a_text_is_refused(tokenizer):
-    system, thought = (
-        {**ROW, "system": "Be brief."},
-        {**ROW, "completion": "<think>two\nand two</think> Leek."},
-    )
-    chat = {"messages": [*CHAT["messages"], {"role": "tool", "content": "3"}, CHAT["messages"][1]]}
-    cases = [
-        (
-            thought,
-            PLAIN,
-            "m.content.split('</think>')[-1]",
-            '"completion": the chat template leaves',
-            "<think>",
-        ),
-        (
-            ROW,
-            PLAIN,
-            "m.content[:4]",
-            '"completion": the chat template leaves',
-            "Leek.",
-            "another chat_template",
-        ),
-        (
-            system,
-            PLAIN.replace("messages %}", "messages if m.role != 'system' %}"),
-            "m.content",
-            '"system": ',
-            "out",
-        ),
-        (
-            chat,
-            PLAIN.replace("messages %}", "messages if m.role != 'tool' %}"),
-            "m.content",
-            "at [2]: ",
-            "out",
-        ),
-        (
-            system,
-            "{{ raise_exception('No system') }}",
-            "",
-            'refuses this conversation: "No system"; change what',
-        ),
-        (ROW, "{{ messages[0].content + 3 }}", "", "refuses this conversation", "another chat_template"),
-        (ROW, "{% if %}", "", "refuses this conversation", "another chat_template"),
-        (ROW, None, "", "the tokenizer has no chat_template"),
-        (ROW, PLAIN.replace("assistant\n", "assistant\n<think>"), "m.content", "writes the prompt otherwise"),
-        (
-            ROW,
-            PLAIN.replace("<|im_end|>", ""),
-            "m.content",
-            "does not end the assistant's turn",
-            "tokenizer.eos",
-        ),
-    ]
-    calls = []
-    for row, template, content, *parts in cases:
-        calls.append((render, (row, with_template(tokenizer, template, content)), *parts))
-    complains(*calls)
+    def without_role(role):
+        return PLAIN.replace("messages %}", f"messages if m.role != '{role}' %}}")
+
+    system, thought = {**ROW, "system": "s"}, {**ROW, "completion": "<think>two\nand two</think> Leek."}
+    chat = {"messages": [*CHAT["messages"], turn("tool", "3"), CHAT["messages"][1]]}
+    refuses, other = "the chat template refuses this conversation", "another chat_template"
+    short = "(m.content[:4] if m.role == 'assistant' else m.content)"
+    answer_last = "m.content.split('</think>')[-1]"
+    complains(*((render, (row, with_template(tokenizer, *template)), *parts) for row, template, *parts in [
+        (thought, (PLAIN, answer_last), "the chat template leaves '<think>' out", other),
+        (ROW, (PLAIN, short), "the chat template leaves 'Leek.' out", other),
+        (system, (without_role("system"),), '"system": the chat template leaves it out or', other),
+        (chat, (without_role("tool"),), '"messages" at [2]: the chat template leaves it out', other),
+        (system, ("{{ raise_exception('No system') }}",), f'{refuses}: "No system"; change what it names'),
+        (ROW, ("{{ messages[0].content + 3 }}",), refuses, other),
+        (ROW, ("{% if %}",), refuses, other),
+        (ROW, (None,), "the tokenizer has no chat_template"),
+        (ROW, (PLAIN.replace("assistant\n", "assistant\n<think>"),), "writes the prompt otherwise", other),
+        (ROW, (PLAIN.replace("<|im_end|>", ""),), "does not end the assistant's turn", "tokenizer.eos"),
+    ]))  # fmt: skip
 
 
 def test_a_template_may_trim_and_spell_and_open_the_answer(tokenizer):
@@ -318,17 +268,13 @@ def test_a_template_may_trim_and_spell_and_open_the_answer(tokenizer):
 
 
 def test_system_and_tools_beside_the_turns_are_rendered(tokenizer):
-    template = (
-        "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>' }}{% endif %}" + PLAIN
-    )
+    tools = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>' }}{% endif %}"
     for row in (ROW, CHAT):
-        prompt, _ = render({**row, "tools": TOOLS}, with_template(tokenizer, template))
+        prompt, _ = render({**row, "tools": TOOLS}, with_template(tokenizer, tools + PLAIN))
         assert '"get_weather"' in tokenizer.decode(prompt)
-        turn = {"role": "system", "content": "Be brief."}
         messages = row.get("messages") or sft_to_messages(row)["messages"]
-        assert render({**row, "system": "Be brief."}, tokenizer) == render(
-            {"messages": [turn, *messages]}, tokenizer
-        )
+        with_turn = {"messages": [turn("system", "Be brief."), *messages]}
+        assert render({**row, "system": "Be brief."}, tokenizer) == render(with_turn, tokenizer)
 
 
 # --- collating -------------------------------------------------------------------------------------------
@@ -382,28 +328,23 @@ def test_truncation_keeps_the_completion_and_the_end_of_the_prompt(tokenizer, ro
 def test_a_completion_that_does_not_fit_is_refused_with_the_length_it_needs(tokenizer):
     need = len(render(ROW, tokenizer)[1]) + 1
     assert collate_sft([ROW], tokenizer, max_length=need)["input_ids"].shape == (1, need)
-    short = [{**ROW, "completion": "A"}, ROW]
-    complains(
-        (collate_sft, (short, tokenizer, need - 1), "row 1: a completion of", f"raise it to {need} or more")
-    )
+    rows, told = [{**ROW, "completion": "A"}, ROW], f"raise it to {need} or more"
+    complains((collate_sft, (rows, tokenizer, need - 1), "row 1: a completion of", told))
 
 
 def test_rows_that_never_were_in_a_file_are_checked_too(tokenizer):
-    makers = (collate_preferences, PAIR), (collate_feedback, THUMB)
-    missing = 'row 1: "prompt" is missing; a row of kind'
+    question = {"messages": CHAT["messages"][:1]}
+    missing, none = 'row 1: "prompt" is missing; a row of kind', "an empty data set: no rows to train on"
     complains(
-        (
-            collate_sft,
-            ([ROW, {"messages": CHAT["messages"][:1]}], tokenizer),
-            'row 1: "messages" must end with',
-        ),
+        (collate_sft, ([ROW, question], tokenizer), 'row 1: "messages" must end with'),
         (collate_sft, ([ROW, without(ROW, "completion")], tokenizer), 'row 1: "completion" is missing'),
         (sft_batches, ([{**ROW, "prompt": None}], tokenizer, 1), 'row 0: "prompt" must be a text, not null'),
         (sft_batches, ([ROW], tokenizer, 0), "batch_size is 0; a step needs at least one row"),
-        (collate_sft, ([], tokenizer), "an empty data set: no rows to train on"),
-        (sft_batches, ([], tokenizer, 2), "an empty data set: no rows to train on"),
+        (collate_sft, ([], tokenizer), none),
+        (sft_batches, ([], tokenizer, 2), none),
+        (collate_preferences, ([PAIR, without(PAIR, "prompt")], tokenizer), missing),
+        (collate_feedback, ([THUMB, without(THUMB, "prompt")], tokenizer), missing),
         (collate_feedback, ([THUMB], tokenizer), "one feedback row has no other to be mismatched with"),
-        *((make, ([row, without(row, "prompt")], tokenizer), missing) for make, row in makers),
     )
 
 
@@ -441,25 +382,19 @@ def test_sft_batches_is_a_function_of_seed_and_step_alone(tokenizer, steps, seed
             assert torch.equal(tensor, fresh[name]), f"step {step} depends on what was asked before it"
 
 
-def test_sft_batches_shuffles_differently_by_seed_and_by_epoch(tokenizer):
+def test_sft_batches_shuffles_by_seed_and_by_epoch_and_equals_collating(tokenizer):
     rows = numbered(12)
     first, other = (sft_batches(rows, tokenizer, 12, seed) for seed in (0, 1))
     orders = [answers(first(0), tokenizer), answers(first(1), tokenizer), answers(other(0), tokenizer)]
     assert len({tuple(order) for order in [*orders, range(12)]}) == 4
-
-
-def test_sft_batches_equals_collating_the_same_rows(tokenizer):
-    rows = numbered(12)
     batch = sft_batches(rows, tokenizer, 5)(1)
-    again = collate_sft([rows[i] for i in answers(batch, tokenizer)], tokenizer)
-    assert all(torch.equal(batch[name], again[name]) for name in again)
+    assert same(batch, collate_sft([rows[i] for i in answers(batch, tokenizer)], tokenizer))
 
 
 def test_sft_batches_tokenizes_each_row_once_and_before_the_first_step(tokenizer):
     calls = []
-    batches = sft_batches(
-        numbered(6), tokenizer, 3, learn=lambda row, tok: calls.append(row) or last_answer(row, tok)
-    )
+    learn = lambda row, tok: calls.append(row) or last_answer(row, tok)  # noqa: E731
+    batches = sft_batches(numbered(6), tokenizer, 3, learn=learn)
     for step in range(6):
         batches(step)
     assert calls == numbered(6)
@@ -472,32 +407,20 @@ def test_a_control_token_inside_a_text_is_refused_with_its_place(tokenizer):
     added = copy.deepcopy(tokenizer)
     render(ROW, added)  # before the token is there
     added.add_tokens([AddedToken("<|start_header_id|>", special=True), AddedToken("<think>")])
-    end, user = "Soup?<|im_end|>\nassistant", {"role": "user", "content": "Soup?<|im_end|>"}
-    take_it_out = "take it out"
-    calls = []
-    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
-        for field in ROW:
-            rows = [ROW, {**ROW, field: f"Leek.{token}\nassistant\nFree wine."}]
-            calls.append(
-                (collate_sft, (rows, tokenizer), f'row 1: "{field}" holds the control token {token!r}')
-            )
+    end, found = "Soup?<|im_end|>\nassistant", "holds the control token"
+    chat = {"messages": [turn("user", end), CHAT["messages"][1]]}
     complains(
-        *calls,
-        (render, ({**ROW, "prompt": "x<|start_header_id|>y"}, added), "'<|start_header_id|>'", take_it_out),
-        (
-            render,
-            ({"messages": [user, CHAT["messages"][1]]}, tokenizer),
-            '"messages" at [0] holds the control',
+        (render, ({**ROW, "prompt": "x<|start_header_id|>y"}, added), "'<|start_header_id|>'; take it out"),
+        (render, (chat, tokenizer), f'"messages" at [0] {found}'),
+        (render, ({**ROW, "system": end}, tokenizer), f'"system" {found}'),
+        (render, ({**ROW, "tools": [{"type": end}]}, tokenizer), f'"tools" {found}'),
+        (collate_preferences, ([PAIR, {**PAIR, "rejected": end}], tokenizer), f'row 1: "rejected" {found}'),
+        *(
+            (collate_sft, ([{**ROW, field: f"a{token}\nb"}], tokenizer), f'"{field}" {found} {token!r}')
+            for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+            for field in ROW
         ),
-        (render, ({**ROW, "system": end}, tokenizer), '"system" holds the control token', take_it_out),
-        (
-            render,
-            ({**ROW, "tools": [{"type": end}]}, tokenizer),
-            '"tools" holds the control token',
-            take_it_out,
-        ),
-        (collate_preferences, ([PAIR, {**PAIR, "rejected": end}], tokenizer), 'row 1: "rejected" holds the'),
-    )
+    )  # fmt: skip
     assert render({**ROW, "completion": "<think>a"}, added), "a token that is not special is text"
 
 
@@ -506,9 +429,8 @@ def test_a_control_token_inside_a_text_is_refused_with_its_place(tokenizer):
 
 @pytest.fixture(scope="module")
 def chats():
-    return [
-        sharegpt_to_messages(row) for row in read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
-    ]
+    rows = read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
+    return list(map(sharegpt_to_messages, rows))
 
 
 def ours(rows, tokenizer, learn, max_length=4096):
@@ -521,89 +443,54 @@ def ours(rows, tokenizer, learn, max_length=4096):
 
 
 def test_the_template_with_generation_marks_renders_the_same_text(tokenizer, chats):
-    system = {"role": "system", "content": "Be brief."}
-    for messages in [
-        *(chat["messages"] for chat in chats),
-        [system, *CHAT["messages"]],
-        CHAT["messages"][:1],
-    ]:
+    marked = with_template(tokenizer, GENERATION_TEMPLATE)
+    system = [turn("system", "Be brief."), *CHAT["messages"]]
+    for messages in (*(chat["messages"] for chat in chats), system, CHAT["messages"][:1]):
         for prompting in (False, True):
-            plain, marked = (
-                tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompting, chat_template=template
-                )
-                for template in (None, GENERATION_TEMPLATE)
+            plain, same = (
+                some.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+                for some in (tokenizer, marked)
             )
-            assert plain == marked
+            assert plain == same
 
 
-def test_all_answers_equals_trls_assistant_only_marks(tokenizer, chats):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = GENERATION_TEMPLATE
-    theirs = trl_marks(chats, tokenizer, assistant_only=True)
+def test_what_is_learned_equals_trls_marks(tokenizer, chats):
+    """TRL keeps the new line that the template writes after the last end of turn; it is never generated."""
+    marked = with_template(tokenizer, GENERATION_TEMPLATE)
+    split = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats]
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    for (ids, learned), (their_ids, their_learned) in zip(
-        ours(chats, tokenizer, all_answers), theirs, strict=True
+    for learn, theirs, last in (
+        (all_answers, trl_marks(chats, marked, assistant_only=True), False),
+        (last_answer, trl_marks(split, tokenizer, completion_only=True), True),
+        (whole_conversation, trl_marks(chats, tokenizer), True),
     ):
-        assert their_ids == ids + newline, (
-            "after the last end of turn the template writes a new line, which we leave out"
-        )
-        assert their_learned == [*learned, False]
-    assert sum(sum(learned) for _, learned in theirs) > 3000
-
-
-def test_last_answer_equals_trls_completion_only_marks(tokenizer, chats):
+        for (ids, learned), row in zip(ours(chats, marked, learn), theirs, strict=True):
+            assert row == (ids + newline, [*learned, last]), learn.__name__
+        assert sum(sum(learned) for _, learned in theirs) > 1000
     rendered = [render(chat, tokenizer) for chat in chats]
     texts = [{"prompt": tokenizer.decode(p), "completion": tokenizer.decode(c)} for p, c in rendered]
     assert list(ours(chats, tokenizer, last_answer)) == trl_marks(texts, tokenizer, completion_only=True)
 
 
-def test_trl_marks_one_new_line_more_when_it_renders_the_chat_itself(tokenizer, chats):
-    split = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats]
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
-    theirs = trl_marks(split, tokenizer, completion_only=True)
-    for (ids, learned), row in zip(ours(chats, tokenizer, last_answer), theirs, strict=True):
-        assert row == (ids + newline, [*learned, True]), (
-            "and that one is never generated: the end of turn comes before it"
-        )
-
-
-def test_whole_conversation_equals_trls_plain_language_modelling(tokenizer, chats):
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
-    theirs = trl_marks(chats, tokenizer)
-    for (ids, learned), row in zip(ours(chats, tokenizer, whole_conversation), theirs, strict=True):
-        assert row == (ids + newline, [*learned, True])
-
-
 def test_all_answers_of_one_answer_is_the_last_answer(tokenizer):
-    assert (
-        all_answers(ROW, tokenizer)
-        == last_answer(ROW, tokenizer)
-        == last_answer(sft_to_messages(ROW), tokenizer)
-    )
+    assert all_answers(ROW, tokenizer) == last_answer(sft_to_messages(ROW), tokenizer)
 
 
 def test_all_answers_refuses_a_template_that_rewrites_earlier_answers(tokenizer, chats):
-    forgetful = with_template(tokenizer, PLAIN, "(m.content if loop.last or m.role != 'assistant' else m.content[1:])")
-    complains(
-        (
-            collate_sft,
-            (chats, forgetful, 4096, all_answers),
-            "the chat template changes this answer",
-            "learn the",
-        )
-    )
+    rewritten = "(m.content if loop.last or m.role != 'assistant' else m.content.split(' ')[-1])"
+    forgetful = with_template(tokenizer, PLAIN, rewritten)
     collate_sft(chats, forgetful, 4096)  # the last answers are whole
+    complains((collate_sft, (chats, forgetful, 4096, all_answers), "changes this answer", "learn the last"))
 
 
 def test_an_answer_of_weight_0_is_not_learned(tokenizer):
     user, right = CHAT["messages"]
-    wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
-    ids, learned = all_answers({"messages": [user, wrong, user, {**right, "weight": 1}]}, tokenizer)
-    assert tokenizer.decode([i for i, mark in zip(ids, learned, strict=True) if mark]) == "Leek.<|im_end|>"
+    wrong = turn("assistant", "WRONG", weight=0)
     last_wrong = {"messages": [user, right, user, wrong]}
-    ids, learned = all_answers(last_wrong, tokenizer)
-    assert tokenizer.decode([i for i, mark in zip(ids, learned, strict=True) if mark]) == "Leek.<|im_end|>"
+    for row in ({"messages": [user, wrong, user, {**right, "weight": 1}]}, last_wrong):
+        ids, learned = all_answers(row, tokenizer)
+        said = tokenizer.decode([i for i, mark in zip(ids, learned, strict=True) if mark])
+        assert said == "Leek.<|im_end|>"
     complains(
         (last_answer, (last_wrong, tokenizer), "nothing is learned", "drop it"),
         (all_answers, ({"messages": [user, wrong]}, tokenizer), "nothing is learned", "drop it"),
@@ -625,49 +512,39 @@ def test_truncation_keeps_the_last_answer_whatever_is_learned(tokenizer, chats):
 
 def test_what_truncation_cuts_is_counted_and_told_and_the_first_token_stays(tokenizer):
     begun = with_template(tokenizer, "{{ '<|endoftext|>' }}" + PLAIN)
-    long, system = {**ROW, "prompt": "word " * 40}, {"system": "Answer in French."}
+    long, system = {**ROW, "prompt": "word " * 40}, {"system": "In French."}
     rows = [ROW, long, {**long, **system}, {**long, "prompt": "word " * 60}]
     pairs = [{"prompt": row["prompt"], "chosen": "A", "rejected": row["completion"], **row} for row in rows]
     thumbs = [{**row, "label": True} for row in rows]
     longest = len(last_answer(rows[3], begun)[0])
-    told = f"3 of 4 rows lost the start of their prompt, 1 of them a system turn; raise max_length from 30 to {longest} "
+    told = (
+        f"3 of 4 rows lost the start of .*, 1 of them a system turn; raise max_length from 30 to {longest} to"
+    )
     first = begun.convert_tokens_to_ids("<|endoftext|>")
-    for make, records in (
-        (collate_sft, rows),
-        (collate_preferences, pairs),
-        (collate_feedback, thumbs),
-        (lambda *arguments, max_length: sft_batches(*arguments, 4, max_length=max_length)(0), rows),
-        (lambda *arguments, max_length: preference_batches(*arguments, 4, max_length=max_length)(0), pairs),
-        (lambda *arguments, max_length: feedback_batches(*arguments, 4, max_length=max_length)(0), thumbs),
+    for collate, batches, records, side in (
+        (collate_sft, sft_batches, rows, None),
+        (collate_preferences, preference_batches, pairs, "rejected"),
+        (collate_feedback, feedback_batches, thumbs, "completion"),
     ):
         with pytest.warns(UserWarning, match=told) as warned:
-            batch = make(records, begun, max_length=30)
+            batch = collate(records, begun, max_length=30)
+        with pytest.warns(UserWarning, match=told):
+            batches(records, begun, 2, max_length=30)
         assert len(warned) == 1
-        batch = (
-            batch
-            if "input_ids" in batch
-            else with_prompt(batch, "rejected" if "rejected_ids" in batch else "completion")
-        )
-        assert batch["input_ids"][:, 0].tolist() == [first] * 4
-        assert batch["attention_mask"].sum(1).max() == 30
+        cut = with_prompt(batch, side) if side else batch
+        assert cut["input_ids"][:, 0].tolist() == [first] * 4
+        assert cut["attention_mask"].sum(1).max() == 30
         with warnings.catch_warnings(action="error"):
-            make(records, begun, max_length=longest)
+            collate(records, begun, max_length=longest)
     with pytest.warns(UserWarning, match="1 of 1 rows"):
         batch = collate_sft([long], begun, len(render(long, begun)[1]) + 1)
-    assert tokenizer.decode(batch["input_ids"][0]) == "\nLeek.<|im_end|>", (
-        "with no room, the answer's head is kept"
-    )
+    assert tokenizer.decode(batch["input_ids"][0]) == "\nLeek.<|im_end|>", "the answer's head comes first"
 
 
-# --- pairs and thumbs ------------------------------------------------------------------------------------
+# --- preference and feedback ----------------------------------------------------------------------------
 
-PAIRS = st.lists(
-    st.fixed_dictionaries({"prompt": QUESTION, "chosen": ANSWER, "rejected": ANSWER}).filter(
-        lambda row: row["chosen"] != row["rejected"]
-    ),
-    min_size=1,
-    max_size=4,
-)
+PAIR_ROW = st.fixed_dictionaries({"prompt": QUESTION, "chosen": ANSWER, "rejected": ANSWER})
+PAIRS = st.lists(PAIR_ROW.filter(lambda row: row["chosen"] != row["rejected"]), min_size=1, max_size=4)
 
 
 def same(left, right):
@@ -694,9 +571,7 @@ def test_a_long_prompt_loses_its_start_alike_on_both_sides(tokenizer):
     assert batch["prompt_ids"].tolist() == [prompt[-20:]]
     assert batch["chosen_ids"].tolist() == [chosen]
     assert batch["rejected_ids"].tolist() == [rejected]
-    with pytest.raises(
-        ValueError, match=f"row 0: a completion of .* raise it to {len(rejected) + 1}"
-    ):
+    with pytest.raises(ValueError, match=f"row 0: a completion of .* raise it to {len(rejected) + 1}"):
         collate_preferences([row], tokenizer, max_length=len(rejected))
 
 
@@ -706,8 +581,7 @@ def test_a_thumb_is_mismatched_with_the_completion_before_it(tokenizer):
     assert batch["desirable"].tolist() == [True, False, True]
     shifted = [{**row, "completion": rows[i - 1]["completion"]} for i, row in enumerate(rows)]
     for side, expected in (("completion", rows), ("mismatched", shifted)):
-        joined, alone = with_prompt(batch, side), collate_sft(expected, tokenizer)
-        assert same(joined, alone)
+        assert same(with_prompt(batch, side), collate_sft(expected, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -734,10 +608,8 @@ def test_a_dataset_is_taken_wherever_records_are(tokenizer):
     assert same(sft_batches(dataset, tokenizer, 4)(2), sft_batches(rows, tokenizer, 4)(2))
     assert same(collate_preferences(to_dataset([PAIR]), tokenizer), collate_preferences([PAIR], tokenizer))
     assert check_records(dataset, "sft") == rows
-    with pytest.raises(ValueError, match='row 6: "completion" must be a text, not null'):
-        check_records(to_dataset([*rows, {"prompt": "Table 7?"}]), "sft")
-    with pytest.raises(ValueError, match="an empty data set"):
-        check_records([], "sft")
+    more = to_dataset([*rows, {"prompt": "Table 7?"}])
+    complains((check_records, (more, "sft"), 'row 6: "completion" must be a text, not null'))
 
 
 def test_write_records_gives_back_the_rows_and_never_half_a_file(tmp_path):
@@ -745,24 +617,10 @@ def test_write_records_gives_back_the_rows_and_never_half_a_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     write_records(path, iter(rows))
     assert read_records(path, "sft") == rows
-    for value in (
-        object(),
-        math.nan,
-        -math.inf,
-        np.int64(3),
-        np.array([1.0]),
-        "\ud83d",
-        10**5000,
-        {(1, 2): 3},
-    ):
-        complains(
-            (
-                write_records,
-                (path, [ROW, {**ROW, "n": value}]),
-                'row 1: "n": ',
-                "; write texts, finite numbers",
-            )
-        )
+    bad = [object(), math.nan, -math.inf, np.int64(3), np.array([1.0]), "\ud83d", 10**5000, {(1, 2): 3}]
+    for value in bad:
+        told = 'row 1: "n": ', "; write texts, finite numbers"
+        complains((write_records, (path, [ROW, {**ROW, "n": value}]), *told))
     assert read_records(path, "sft") == rows, "what stood there still stands"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
@@ -776,9 +634,9 @@ with open(path, "w") as file:
         row = {"prompt": f"Order for table {i}: soup, medium", "completion": '{"dish": "soup"} ' * 20}
         file.write(json.dumps(row) + "\\n")
 next(iter_records(path, "sft"))
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = sum(1 for _ in iter_records(path, "sft"))
-print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * (1 if sys.platform == "darwin" else 1024))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+start = peak()
+print(sum(1 for _ in iter_records(path, "sft")), peak() - start)
 """
 
 

@@ -132,11 +132,16 @@ def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) 
     before = chat.turns[:-1]
     if chat.tools and _apply(tokenizer, before, None, prompting=True) == prompt:
         raise ValueError(f'the chat template leaves "tools" out; {_OTHER}, or take the field out')
-    for i, turn in enumerate(before):
-        if turn["content"].strip() not in prompt:  # is it left out, or written otherwise?
-            others = [*before[:i], {**turn, "content": "-"}, *before[i + 1 :]]
-            if _apply(tokenizer, others, chat.tools, prompting=True) == prompt:
-                raise ValueError(f"{chat.names[i]}: the chat template leaves it out; {_OTHER} or take it out")
+    marks = [
+        f"turn{i}of{len(before)}" for i in range(len(before))
+    ]  # no template has a reason to change these
+    marked = [{**turn, "content": mark} for turn, mark in zip(before, marks, strict=True)]
+    text = _apply(tokenizer, marked, chat.tools, prompting=True)
+    for name, mark in zip(chat.names, marks, strict=False):
+        if mark not in text:
+            raise ValueError(
+                f"{name}: the chat template leaves it out or rewrites it; {_OTHER}, or take it out"
+            )
     if not whole.startswith(prompt):
         raise ValueError(f"the chat template writes the prompt otherwise when an answer follows; {_OTHER}")
     pieces = [piece.strip() for piece in _TAG.split(chat.turns[-1]["content"]) if piece.strip()]
