@@ -72,7 +72,8 @@ class Guard:
             room = self._room()
             raise MemoryError(
                 f"this step would take {self._needed(it) / 1e9:.1f} GB more than the process holds, "
-                f"and there are {room.available / 1e9:.1f} GB ({room}). {cut_advice(it)}; or set ignore_budget=True"
+                f"and there are {room.available / 1e9:.1f} GB ({room}). {cut_advice(it)}; or set "
+                "ignore_budget=True"
             )
 
     def stepped(self) -> None:

@@ -96,20 +96,18 @@ def plan_training(
 ) -> MemoryPlan:
     """Find the bytes that a training step holds, from the model's config alone; nothing is loaded.
 
-    The model is built on tensors without memory. The forward, backward and optimizer of this package run on
-    it, and every tensor's birth and death is followed. One and two periods of layers are run, and give all of
-    them.
+    The model is built on tensors without memory, the real step runs on it, and every tensor's birth and
+    death is followed. One and two periods of layers give all of them.
 
     Args:
         model_config: a transformers config; `known_config` has those of well-known models.
         method: "full", "lora", "dora" or "qlora" (LoRA on NF4 layers).
-        task: "sft" or "preference", where a pair is two rows and its reference is computed in the step: with
-            adapters off, or, in full fine-tuning, by a second, frozen model.
+        task: "sft" or "preference": a pair is two rows, its reference the model with adapters off, or, in full
+            fine-tuning, a second, frozen model.
         batch_size: rows (or pairs) computed at once.
         length: tokens per row. What is kept for backward grows with batch_size × length.
         completion: tokens per row that are learned, and so reach the head; default all but the first.
-        rank, targets: as in `AdapterConfig`; default all linear layers, of a mixture of experts those of
-            attention.
+        rank, targets: as in `AdapterConfig`; default all linear layers, of experts attention's.
         checkpointing: keep each layer's input only, and compute the layer again in backward.
         gradient_accumulation_steps: above 1, the gradients of earlier parts stay while a part is computed.
         dtype: of weights that are not NF4, and of activations.
@@ -118,42 +116,29 @@ def plan_training(
         loss: the step's loss, as `train` takes it; default `sft_loss`, or the preference loss of `task`.
 
     Raises:
-        ValueError: the method, task or device is unknown, a number is below 1, or the model's layers can't be
-            planned.
+        ValueError: the method, task or device is unknown, or a number is below 1.
     """
-    for name, value, known in (
-        ("method", method, METHODS),
-        ("task", task, TASKS),
-        ("device", device, DEVICES),
-    ):
+    asked = {"method": (method, METHODS), "task": (task, TASKS), "device": (device, DEVICES)}
+    for name, (value, known) in asked.items():
         if value not in known:
             raise ValueError(f'{name}="{value}" is unknown; choose one of {", ".join(known)}')
-    numbers = {
-        "batch_size": batch_size,
-        "length": length,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+    if min(batch_size, length, gradient_accumulation_steps) < 1:
+        raise ValueError(
+            f"batch_size={batch_size}, length={length}, gradient_accumulation_steps="
+            f"{gradient_accumulation_steps}: each must be at least 1"
+        )
     model = _model_of_shape(model_config, method, rank, targets, dtype, adapter_dtype)
     if device == "cpu" and takes_packed_rows(model.config):
         use_packed_attention(model)
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    reference = None
-    if task == "preference":
-        reference = copy.deepcopy(model).requires_grad_(False).eval() if method == "full" else model
-    rows = batch_size * (1 if reference is None else 2)
-    trace = trace_step(
-        model,
-        _rows(rows, length, completion),
-        loss or (sft_loss if reference is None else _preference_loss),
-        device,
-        accumulates=gradient_accumulation_steps > 1,
-        reference=reference,
-    )
+    pairs, reference = task == "preference", None
+    if pairs and method == "full":
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+    rows, loss = batch_size * (1 + pairs), loss or (_preference_loss if pairs else sft_loss)
+    accumulates = gradient_accumulation_steps > 1
+    trace = trace_step(model, _rows(rows, length, completion), loss, device, accumulates, reference)
     settings = {
         "method": method,
         **({} if method == "full" else {"rank": rank, "adapters": _short(adapter_dtype)}),
@@ -172,13 +157,11 @@ def plan_training(
 def plan_step(
     model: nn.Module, batch: Batch, loss: Loss = sft_loss, gradient_accumulation_steps: int = 1
 ) -> MemoryPlan:
-    """Find the bytes that a step of a model as it stands holds on this batch; the model and its gradients
-    stay as they are.
+    """The plan of a step of a model as it stands; neither it nor its gradients change.
 
     Args:
-        model: a causal language model of transformers, adapted or not.
-        batch: what `loss` takes; computed in so many parts, the largest of which is planned.
-        loss: (model, batch) → (sum, count), as `train` takes it.
+        model: any module whose first parameter tells its device; of a language model few layers are run.
+        batch, loss, gradient_accumulation_steps: as `train` has them; the largest part is planned.
 
     Raises:
         ValueError: the step reads numbers that only a real step has; says which operation does.
@@ -238,9 +221,8 @@ def _model_of_shape(config, method, rank, targets, dtype, adapter_dtype) -> nn.M
         kinds = {kind for _, kind in kinds_of(model)}
         targets = targets or (ATTENTION if EXPERTS in kinds else ALL_LINEAR)
         add_adapters(model, AdapterConfig("dora" if method == "dora" else "lora", rank, targets=targets))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(adapter_dtype)
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.data = p.data.to(adapter_dtype)
     return model
 
 
@@ -253,8 +235,7 @@ def _rows(rows: int, length: int, completion: int | None) -> Batch:
 
 
 def _preference_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """DPO's step (Rafailov et al. 2023, eq. 7), chosen rows before rejected ones; the reference goes
-    first."""
+    """DPO's step (Rafailov et al. 2023, eq. 7): the reference first; chosen rows before rejected ones."""
     reference = getattr(model, "reference_model", None)
     with torch.no_grad(), nullcontext() if reference else adapters_disabled(model):
         before, _ = sequence_logps(reference or model, batch)

@@ -34,16 +34,10 @@ SHAPES: dict[str, tuple[str, tuple, dict[str, object]]] = {
     "Mistral-7B-v0.3": ("mistral", (4096, 14336, 32, 32, 8, 128, 32768, False), {"sliding_window": None}),
     "Mistral-Nemo-12B": ("mistral", (5120, 14336, 40, 32, 8, 128, 131072, False), {"sliding_window": None}),
     "Mistral-Small-24B": ("mistral", (5120, 32768, 40, 32, 8, 128, 131072, False), {"sliding_window": None}),
-    "Phi-4": (
-        "phi3",
-        (5120, 17920, 40, 40, 10, 128, 100352, False),
-        {"sliding_window": None, "pad_token_id": 0},
-    ),
-    "Phi-4-mini": (
-        "phi3",
-        (3072, 8192, 32, 24, 8, 128, 200064, True),
-        {"sliding_window": None, "pad_token_id": 0},
-    ),
+    "Phi-4": ("phi3", (5120, 17920, 40, 40, 10, 128, 100352, False),
+        {"sliding_window": None, "pad_token_id": 0}),
+    "Phi-4-mini": ("phi3", (3072, 8192, 32, 24, 8, 128, 200064, True),
+        {"sliding_window": None, "pad_token_id": 0}),
     "Gemma-3-270M": ("gemma3_text", (640, 2048, 18, 4, 1, 256, 262144, True), {"sliding_window": 512}),
     "Gemma-3-1B": ("gemma3_text", (1152, 6912, 26, 4, 1, 256, 262144, True), {"sliding_window": 512}),
     "Gemma-3-4B": ("gemma3_text", (2560, 10240, 34, 8, 4, 256, 262208, True), {"sliding_window": 1024}),
@@ -63,32 +57,17 @@ SHAPES: dict[str, tuple[str, tuple, dict[str, object]]] = {
     "Qwen3-8B": ("qwen3", (4096, 12288, 36, 32, 8, 128, 151936, False), {}),
     "Qwen3-14B": ("qwen3", (5120, 17408, 40, 40, 8, 128, 151936, False), {}),
     "Qwen3-32B": ("qwen3", (5120, 25600, 64, 64, 8, 128, 151936, False), {}),
-    "Qwen3-30B-A3B": (
-        "qwen3_moe",
-        (2048, 6144, 48, 32, 4, 128, 151936, False),
-        {"moe_intermediate_size": 768, **_QWEN_MOE},
-    ),
-    "Qwen3-235B-A22B": (
-        "qwen3_moe",
-        (4096, 12288, 94, 64, 4, 128, 151936, False),
-        {"moe_intermediate_size": 1536, **_QWEN_MOE},
-    ),
-    "gpt-oss-20b": (
-        "gpt_oss",
-        (2880, 2880, 24, 64, 8, 64, 201088, False),
-        {"num_local_experts": 32, **_GPT_OSS},
-    ),
-    "gpt-oss-120b": (
-        "gpt_oss",
-        (2880, 2880, 36, 64, 8, 64, 201088, False),
-        {"num_local_experts": 128, **_GPT_OSS},
-    ),
-    "Mixtral-8x7B": (
-        "mixtral",
-        (4096, 14336, 32, 32, 8, 128, 32000, False),
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
-    ),
-}
+    "Qwen3-30B-A3B": ("qwen3_moe", (2048, 6144, 48, 32, 4, 128, 151936, False),
+        {"moe_intermediate_size": 768, **_QWEN_MOE}),
+    "Qwen3-235B-A22B": ("qwen3_moe", (4096, 12288, 94, 64, 4, 128, 151936, False),
+        {"moe_intermediate_size": 1536, **_QWEN_MOE}),
+    "gpt-oss-20b": ("gpt_oss", (2880, 2880, 24, 64, 8, 64, 201088, False),
+        {"num_local_experts": 32, **_GPT_OSS}),
+    "gpt-oss-120b": ("gpt_oss", (2880, 2880, 36, 64, 8, 64, 201088, False),
+        {"num_local_experts": 128, **_GPT_OSS}),
+    "Mixtral-8x7B": ("mixtral", (4096, 14336, 32, 32, 8, 128, 32000, False),
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+}  # fmt: skip
 # What is trained further has the shape of what it came from.
 SAME_SHAPE = {
     "deepseek-r1-distill-qwen-7b": "qwen2.5-7b",
