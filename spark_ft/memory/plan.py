@@ -102,7 +102,7 @@ def plan_training(
     Args:
         model_config: a transformers config; `known_config` has those of well-known models.
         method: "full", "lora", "dora" or "qlora" (LoRA on NF4 layers).
-        task: "sft" or "preference": a pair is two rows, its reference the model with adapters off, or, in full
+        task: "sft" or "preference": a pair is two rows, its reference the model with adapters off or, in full
             fine-tuning, a second, frozen model.
         batch_size: rows (or pairs) computed at once.
         length: tokens per row. What is kept for backward grows with batch_size × length.
