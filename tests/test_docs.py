@@ -1,4 +1,4 @@
-"""The pages keep their word: code blocks run and print what they say, commands exist, numbers are counted again."""
+"""The pages keep their word: code blocks run and print what they say, commands exist, numbers are right."""
 
 import ast
 import contextlib
@@ -33,18 +33,16 @@ def read(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[tuple[int, str, str]]:
-    """(line of the first code line, the fence's other words, code) of each of a page's blocks in that language."""
-    page = read(name)
-    found = []
+    """(line of the first code line, the fence's other words, code) of a page's blocks in that language."""
+    page, found = read(name), []
     for match in FENCE.finditer(page):
         kind, _, rest = match[1].partition(" ")
-        if kind == language:
-            found.append((page.count("\n", 0, match.start()) + 2, rest.strip(), match[2]))
+        found += [(page.count("\n", 0, match.start()) + 2, rest.strip(), match[2])] * (kind == language)
     return found
 
 
 def run_block(code: str, line: int, namespace: dict) -> tuple[list[str], list[str]]:
-    """The lines a block prints, and those that its `# → ` comments promise; tracebacks name the page's own lines."""
+    """The lines a block prints, and those that its `# → ` comments promise; tracebacks name page lines."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(compile("\n" * (line - 1) + code, "QUICK_REFERENCE.md", "exec"), namespace)
@@ -59,44 +57,36 @@ def test_every_block_of_the_quick_reference_runs_and_prints_what_it_says(tmp_pat
     for line, _, code in ran:
         printed, promised = run_block(code, line, namespace)
         assert printed == promised, f"QUICK_REFERENCE.md: the block at line {line} prints something else"
-
-
-def test_a_block_that_prints_something_else_is_noticed():
-    printed, promised = run_block("print(1)\n# → 2\n", 1, {})
-    assert printed == ["1"]
-    assert promised == ["2"]
+    assert run_block("print(1)\n# → 2\n", 1, {}) == (["1"], ["2"])
 
 
 def test_example_rows_of_the_quick_reference_are_valid(tmp_path):
     rows = blocks("QUICK_REFERENCE.md", "jsonl")
     assert [kind for _, kind, _ in rows] == ["sft", "preference", "feedback", "chat"]
     for _, kind, text in rows:
-        path = tmp_path / f"{kind}.jsonl"
-        path.write_text(text, encoding="utf-8")
-        assert read_records(path, kind)
+        (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+        assert read_records(tmp_path / "rows.jsonl", kind)
+
+
+def make(*arguments: str) -> str:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True).stdout
 
 
 @cache
 def make_targets() -> set[str]:
     """Every target that make itself counts as phony here, from its own database."""
-    known = subprocess.run(["make", "-pq"], cwd=ROOT, capture_output=True, text=True).stdout
-    return set(re.search(r"^\.PHONY: (.*)$", known, re.M)[1].split())
+    return set(re.search(r"^\.PHONY: (.*)$", make("-pq"), re.M)[1].split())
 
 
-def commands(text: str) -> list[list[str]]:
-    """The shell commands among lines of text, comments cut off."""
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
-
-
-def shell_text(name: str) -> str:
-    """A page's bash blocks and inline code, one command a line."""
-    page = read(name)
-    inline = re.findall(r"(?<!`)`((?:make|\.venv/bin/\S+|spark-ft) [^`\n]*)`(?!`)", FENCE.sub("", page))
-    return "".join(code for _, _, code in blocks(name, "bash")) + "\n".join(inline)
+def commands(name: str) -> list[list[str]]:
+    """The commands in a page's bash blocks and inline code, without comments."""
+    inline = re.findall(r"(?<!`)`((?:make|\.venv/bin/\S+|spark-ft) [^`\n]*)`(?!`)", FENCE.sub("", read(name)))
+    lines = "".join(code for _, _, code in blocks(name, "bash")).splitlines() + inline
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def test_commands_on_the_pages_exist():
-    found = [(name, words) for name in PAGES for words in commands(shell_text(name))]
+    found = [(name, words) for name in PAGES for words in commands(name)]
     assert ("QUICK_REFERENCE.md", ["make", "labs", "ARGS=3.1.4"]) in found
     assert ("README.md", ["make", "lab", "PYTHON=python3.12"]) in found
     for name, words in found:
@@ -111,32 +101,28 @@ def test_commands_on_the_pages_exist():
 def test_make_and_spark_ft_know_their_commands(capsys):
     """Each as a dry run or its help: what is only declared would pass the pages' test."""
     for target in sorted(make_targets()):
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert target == "clean" or ".venv/bin/python" in done.stdout
-        for module in re.findall(r"-m (spark_ft[\w.]*)", done.stdout):
+        done = make("-n", target)
+        assert "rm -rf .venv" in done if target == "clean" else ".venv/bin/python" in done
+        for module in re.findall(r"-m (spark_ft[\w.]*)", done):
             assert find_spec(module), f"make {target} runs {module}, which is not there"
     for command in COMMANDS:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             cli([command, "--help"])
         assert f"usage: spark-ft {command}" in capsys.readouterr().out
 
 
 def test_the_readme_tree_is_the_package():
-    tree = read("README.md").partition("## Layout\n\n```\n")[2].partition("\n```")[0]
-    package = re.findall(r"(?:^  |  +)([a-z_]+(?:\.py|/))(?: |$)", tree.partition("spark_ft/\n")[2], re.M)
-    files = [path for path in (ROOT / "spark_ft").iterdir() if not path.name.startswith("_")]
+    tree = read("README.md").partition("\nspark_ft/\n")[2].partition("\n```")[0]
+    files = [path for path in (ROOT / "spark_ft").iterdir() if path.name[0] != "_"]
     here = {path.name + "/" * path.is_dir() for path in files} - {"lazy.py", "version.py"}
-    assert sorted(package) == sorted(here)
-    for folder, names in re.findall(r"^  (\w+)/ +([a-z_\d ]+?)(?::.*)?$", tree, re.M):
+    assert sorted(re.findall(r"(?:^  |  +)([a-z_]+(?:\.py|/))(?: |$)", tree, re.M)) == sorted(here)
+    for folder, names in re.findall(r"^  (\w+)/ +([a-z_\d ]+):", tree, re.M):
         inside = {path.stem for path in (ROOT / "spark_ft" / folder).iterdir() if path.name[0] != "_"}
-        assert set(names.replace("only what notebooks use", "").split()) <= inside, folder
-        assert folder == "lab" or inside <= set(names.split()), folder
+        assert set(names.split()) == inside, folder
 
 
 def test_make_clean_removes_what_the_readme_says():
-    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
-    removed = re.search(r"^rm -rf (.*)$", done.stdout, re.M)[1].split()
+    removed = re.search(r"^rm -rf (.*)$", make("-n", "clean"), re.M)[1].split()
     sentence = re.search(r"`make clean` removes.*?\n\n", read("README.md"), re.S)[0]
     assert {".venv", ".cache", "spark_ft.egg-info"} <= set(removed)
     for name in removed:
@@ -159,23 +145,16 @@ def test_readme_profiles_are_the_table_in_models():
 
 
 def test_settings_named_in_the_code_are_in_the_readme():
-    used = {
-        name
-        for path in (ROOT / "spark_ft").rglob("*.py")
-        for name in re.findall(r"\bSPARK_FT_[A-Z]+\b", path.read_text("utf-8"))
-    }
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "spark_ft").rglob("*.py"))
+    used = set(re.findall(r"\bSPARK_FT_[A-Z]+\b", code))
     made = set(re.findall(r"\$\((TORCH_INDEX|PYTHON|ARGS)\)", read("Makefile")))
     assert {"SPARK_FT_MODEL", "SPARK_FT_PROFILE"} <= used
     assert used | made <= set(re.findall(r"^\| `(\w+)` \|", read("README.md"), re.M))
 
 
-def test_changelog_begins_with_this_version():
+def test_changelog_begins_with_this_version_and_the_license_is_the_one_that_is_named():
     assert re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.M)[0] == spark_ft.__version__
-
-
-def test_license_is_the_one_that_the_package_names():
-    text = " ".join(read("LICENSE").split())
-    assert text.startswith("Apache License Version 2.0, January 2004")
+    assert " ".join(read("LICENSE").split()).startswith("Apache License Version 2.0, January 2004")
     assert 'license = "Apache-2.0"' in read("pyproject.toml")
 
 
@@ -186,6 +165,11 @@ def test_workflow_runs_make_targets_that_exist():
     ran = [entry["command"] for entry in jobs["run"]["strategy"]["matrix"]["include"]]
     targets = {target for command in ran for target in re.findall(r"\bmake ([\w-]+)", command)}
     assert {"labs", "test"} <= targets <= make_targets()
+
+
+def qlora_table(page: str) -> list[str]:
+    table = page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0]
+    return re.findall(r"^\| .* \| (\d+\.\d) \|$", table, re.M)
 
 
 def test_counted_numbers_of_the_eli5_page_are_right():
@@ -218,15 +202,12 @@ def test_counted_numbers_of_the_eli5_page_are_right():
         f"{8.19 * 2:.1f} GB in bf16 for 8.19 billion weights",
     ):
         assert counted in page, f"ELI5.md should say: {counted}"
-    rows = re.findall(
-        r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M
-    )
-    assert f"{sum(map(float, rows)):.0f}" == "46"
+    assert f"{sum(map(float, qlora_table(page))):.0f}" == "46"
     assert "about 46 GB for rows of 2,048" in page
 
 
 def test_the_qlora_table_of_the_eli5_page_is_the_plan():
-    """Term by term, with whole matrices unpacked as bitsandbytes does; the sums for other lengths and settings too."""
+    """Term by term, with whole matrices unpacked as bitsandbytes does; the sums for other settings too."""
     shape = known_config("Llama-3.3-70B")
     half = {"adapter_dtype": torch.bfloat16, "whole_matrices": True}
     short, plan = (plan_training(shape, "qlora", length=length, **half) for length in (512, 2048))
@@ -240,14 +221,9 @@ def test_the_qlora_table_of_the_eli5_page_is_the_plan():
         (memory.PASSING, memory.LOGITS),
     ]
     page = read("ELI5.md")
-    rows = re.findall(
-        r"^\| .* \| (\d+\.\d) \|$", page.partition("GB, at 2,048 tokens")[2].partition("\n\n")[0], re.M
-    )
-    assert rows == [f"{sum(plan.terms[name] for name in names) / 1e9:.1f}" for names in terms]
-    assert (
-        f"about {short.total / 1e9:.0f} GB for rows of 512 tokens, and about {plan.total / 1e9:.0f} GB for rows of 2,048"
-        in page
-    )
+    assert qlora_table(page) == [f"{sum(plan.terms[name] for name in names) / 1e9:.1f}" for names in terms]
+    sums = [f"{total / 1e9:.0f} GB for rows of" for total in (short.total, plan.total)]
+    assert f"about {sums[0]} 512 tokens, and about {sums[1]} 2,048" in page
     full = plan_training(shape, "qlora", length=2048, **{**half, "adapter_dtype": torch.float32})
     notes = [sum(p.terms[name] for name in terms[2]) for p in (plan, full)]
     assert f"in fp32 the notes take {(notes[1] - notes[0]) / 1e9:.1f} GB more" in page
@@ -265,13 +241,8 @@ def test_names_in_the_eli5_glossary_exist():
 
 
 def test_quick_reference_explains_every_field_of_the_adapter_config():
-    rows = dict(
-        re.findall(
-            r"^\| `(\w+)` \| `?([^|`]+)`? \|",
-            read("QUICK_REFERENCE.md").partition("## Configuration")[2],
-            re.M,
-        )
-    )
+    page = read("QUICK_REFERENCE.md").partition("## Configuration")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", page, re.M))
     for field in fields(spark_ft.AdapterConfig):
         if field.name != "method":
             said = rows[field.name].strip()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig
 from spark_ft.lab import kitchen
@@ -23,13 +24,9 @@ def test_a_measurement_belongs_to_its_experiment_and_tells_its_origin(name):
     stored = load(name)
     assert len(stored["runs"]) >= 3
     for run in stored["runs"]:
-        assert run["machine"]
-        assert run["threads"] >= 1
-        assert run["date"]
+        assert all(run[key] for key in ("machine", "threads", "date"))
         assert {"python", "torch", "transformers"} <= set(run["versions"])
-    text = json.dumps(stored)
-    assert "/home" not in text
-    assert str(runner.ROOT) not in text
+    assert not [path for path in ("/home", str(runner.ROOT)) if path in json.dumps(stored)]
 
 
 def helper(seed):
@@ -63,33 +60,31 @@ def test_only_missing_seeds_run_and_each_is_stored_as_it_ends(registry):
     assert ran == [0, 1, 2, 2]
     stored = load("toy")
     assert stale("toy") is None
-    assert stored.values("value") == [0, 2, 4]
-    assert stored.values(4, "losses", 1) == [0, 1, 2]
-    assert stored.figures(1)["value"] == 2
-    assert "3 seeds" in stored.origin()
+    assert (stored.values("value"), stored.values(4, "losses", 1)) == ([0, 2, 4], [0, 1, 2])
+    assert (stored.figures(1)["value"], "3 seeds" in stored.origin()) == (2, True)
     assert [path.name for path in registry.iterdir()] == ["toy.json"]
 
 
-def _toy(settings, code=(), data=()):
-    @experiment(settings=settings, code=code, data=data)
-    def toy(seed):
-        return {"value": seed}
+def toy(seed):
+    return {"value": seed}
 
-    return toy
+
+def make(settings=None, code=(), data=(), run=toy):
+    return experiment(settings=settings, code=code, data=data)(run)
 
 
 def test_other_settings_helpers_or_data_make_it_stale(registry, monkeypatch):
     (registry / "rows.jsonl").write_text("1\n")
     monkeypatch.setattr(runner, "ROOT", registry)
-    changed = [{"rank": 4}, [helper]], [{"rank": 8}, []], [{"rank": 4}, [], ["rows.jsonl"]]
-    hashes = {_toy({"rank": 4}).hash, *(_toy(*arguments).hash for arguments in changed)}
+    four = {"rank": 4}
+    changed = [four], [four, [helper]], [{"rank": 8}], [four, [], ["rows.jsonl"]]
+    hashes = {make(*arguments).hash for arguments in changed}
     (registry / "rows.jsonl").write_text("2\n")
-    hashes.add(_toy({"rank": 4}, data=["rows.jsonl"]).hash)
-    assert len(hashes) == 5
-    measure(_toy({"rank": 4}))
-    _toy({"rank": 8})
+    assert len(hashes | {make(four, data=["rows.jsonl"]).hash}) == 5
+    measure(make(four))
+    make({"rank": 8})
     assert "changed since" in stale("toy")
-    assert load("toy")["settings"] == {"rank": 4}
+    assert load("toy")["settings"] == four
     measure(runner.EXPERIMENTS["toy"])  # drops the old figures, measures anew
     assert stale("toy") is None
 
@@ -98,24 +93,20 @@ def test_data_that_changes_during_a_run_is_refused(registry, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", registry)
     (registry / "rows.jsonl").write_text("1\n")
 
-    @experiment(data=["rows.jsonl"])
     def toy(seed):
-        (registry / "rows.jsonl").write_text("2\n")
-        return {}
+        return {"written": (registry / "rows.jsonl").write_text("2\n")}
 
     with pytest.raises(RuntimeError, match="changed while seed 0 ran"):
-        measure(toy)
+        measure(make(data=["rows.jsonl"], run=toy))
     assert not (registry / "toy.json").exists()
 
 
 def test_comments_and_docstrings_do_not_make_it_stale_but_code_does(registry):
-    @experiment(settings={"rank": 4})
     def toy(seed):
         return {"value": seed}
 
-    plain = toy.hash
+    plain = make(run=toy).hash
 
-    @experiment(settings={"rank": 4})
     def toy(seed):
         """Give the seed back."""
         # why it returns the seed
@@ -123,17 +114,16 @@ def test_comments_and_docstrings_do_not_make_it_stale_but_code_does(registry):
             "value": seed,
         }
 
-    assert toy.hash == plain
+    assert make(run=toy).hash == plain
 
-    @experiment(settings={"rank": 4})
     def toy(seed):
         return {"value": seed + 1}
 
-    assert toy.hash != plain
+    assert make(run=toy).hash != plain
 
 
 def test_what_was_never_measured_and_what_is_unknown_are_named(registry, capsys):
-    _toy({})
+    make()
     assert "never measured" in stale("toy")
     assert "no experiment" in stale("gone")
     with pytest.raises(FileNotFoundError, match="make experiments ARGS=toy"):
@@ -145,27 +135,28 @@ def test_what_was_never_measured_and_what_is_unknown_are_named(registry, capsys)
 
 def test_agrees_says_how_near_and_refuses_another_run():
     assert "first 2 losses" in agrees([1.0, 0.5], [1.001, 0.5, 0.3])
-    with pytest.raises(AssertionError, match="another model"):
-        agrees([1.0, 0.5], [1.0, 0.6])
-    with pytest.raises(AssertionError, match="nothing to compare"):
-        agrees([], [1.0])
+    for live, says in (([1.0, 0.5], "another model"), ([], "nothing to compare")):
+        with pytest.raises(AssertionError, match=says):
+            agrees(live, [1.0, 0.6])
+
+
+TOYS = """import os, pathlib, torch
+from spark_ft.lab.experiments import runner
+runner.MEASUREMENTS, runner.known = pathlib.Path(__file__).parent, lambda: runner.EXPERIMENTS
+@runner.experiment(settings={'rank': 4})
+def toy(seed):
+    return {'value': 2 * seed, 'parent': os.getppid(), 'threads': torch.get_num_threads()}
+if __name__ == '__main__':
+    runner.measure(toy, jobs=2)
+    assert 'OMP_NUM_THREADS' not in os.environ
+    print(os.getpid())
+"""
 
 
 @pytest.mark.slow
 def test_seeds_side_by_side_are_stored_as_if_in_turn(tmp_path):
     script = tmp_path / "toys.py"
-    script.write_text(
-        "import os, pathlib, torch\n"
-        "from spark_ft.lab.experiments import runner\n"
-        "runner.MEASUREMENTS, runner.known = pathlib.Path(__file__).parent, lambda: runner.EXPERIMENTS\n"
-        "@runner.experiment(settings={'rank': 4})\n"
-        "def toy(seed):\n"
-        "    return {'value': 2 * seed, 'parent': os.getppid(), 'threads': torch.get_num_threads()}\n"
-        "if __name__ == '__main__':\n"
-        "    runner.measure(toy, jobs=2)\n"
-        "    assert 'OMP_NUM_THREADS' not in os.environ\n"
-        "    print(os.getpid())\n"
-    )
+    script.write_text(TOYS)
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -181,10 +172,8 @@ def test_tune_is_one_run_however_far_it_goes(tiny_llama, embedded):
     vocabulary = {"vocab_size": len(embedded[1]), "max_position_embeddings": 512}
 
     def losses(seed=0, noise=0.0, first=None, adapter=common.ADAPTER):
-        model = tiny_llama(**vocabulary)
-        model, history = common.tune(
-            rows, seed, adapter=adapter, model=model, batch_size=2, noise=noise, first=first, **run
-        )
+        told = {**run, "adapter": adapter, "batch_size": 2, "noise": noise, "first": first}
+        model, history = common.tune(rows, seed, model=tiny_llama(**vocabulary), **told)
         return model, torch.tensor(history.losses)
 
     model, whole = losses()
@@ -201,23 +190,20 @@ def test_held_out_is_the_loss_and_the_tokens_of_greedy_decoding(embedded):
     model, tokenizer = embedded
     rows = kitchen.tickets("validation")[:3]
     figures = common.held_out(model, tokenizer, rows, batch_size=2)
-    loss, right = 0.0, []
-    for row in rows:
-        batch = common.collate_sft([row], tokenizer)
-        learned = batch["labels"][0, 1:] != -100
+    losses, right = [], []
+    for batch in (common.collate_sft([row], tokenizer) for row in rows):
+        targets = batch["labels"][0, 1:]
         with torch.no_grad():
-            logits = model(batch["input_ids"]).logits[0, :-1][learned]
-        targets = batch["labels"][0, 1:][learned]
-        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        right.append((logits.argmax(-1) == targets).tolist())
-    tokens = [token for row in right for token in row]
-    assert figures["held-out loss"] == pytest.approx(loss / len(tokens), rel=1e-5)
-    assert figures["token accuracy"] == sum(tokens) / len(tokens)
-    assert figures["exact match"] == sum(all(row) for row in right) / 3
+            logits = model(batch["input_ids"]).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, targets, reduction="none")[targets != -100])
+        right.append((logits.argmax(-1) == targets)[targets != -100].double())
+    assert figures["held-out loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert figures["token accuracy"] == pytest.approx(torch.cat(right).mean().item())
+    assert figures["exact match"] == sum(row.all().item() for row in right) / 3
 
 
 def test_the_kitchen_adapter_has_one_folder_in_every_process_and_one_per_model(monkeypatch):
-    """A function's repr, its address, was once part of the name: no process found what another had trained."""
+    """A function's repr, its address, was once in the name: no process found what another had trained."""
     code, before = (
         "from spark_ft.lab import kitchen; print(kitchen.adapter_folder())",
         kitchen.adapter_folder(),
