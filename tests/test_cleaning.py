@@ -298,15 +298,8 @@ def test_broken_encoding_is_found_and_mended_where_nothing_was_lost():
 
 
 def test_letters_where_they_belong_stay():
-    texts = [
-        "PÃO DE QUEIJO",
-        "CAFÉ»",
-        "« À la carte »",
-        "château, 180 °C, ½",
-        "Привет 日本 😀",
-        "TÊTE-À-TÊTE",
-    ]
-    texts.append("fiancé—“yes”")
+    texts = ["PÃO DE QUEIJO", "CAFÉ»", "« À la carte »", "château, 180 °C, ½", "Привет 日本 😀"]
+    texts += ["TÊTE-À-TÊTE", "fiancé—“yes”"]
     require(c.drop_broken_encoding, *texts, dropped=False)
     assert [c.mend_encoding(text) for text in texts] == texts
 
@@ -344,7 +337,7 @@ def test_what_repeats_for_a_reason_stays():
         "Row, row, row your boat, gently down the stream.",
         "Fold. Rest 30 minutes. Fold. Rest 30 minutes. Fold. Rest 30 minutes. Bake.",
         "Turn it and wait for one minute. " * 3 + "Then it is done.",
-        "1. Fold it in three and chill it.\n2. Fold it in three and chill it.\n3. Fold it in three and chill it.",
+        "\n".join(f"{n}. Fold it in three and chill it." for n in (1, 2, 3)),
         "```\n" + "beep(440)\n" * 8 + "```", "| a | a |\n" * 6,
         dropped=False,
     )  # fmt: skip

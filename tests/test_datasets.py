@@ -1,4 +1,4 @@
-"""The hand-written data sets: files match cards and generators, pairs are what they claim, splits are apart."""
+"""The hand-written data sets: files match cards and generators, rows are what they claim, splits apart."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
 
+from spark_ft.data.formats import sharegpt_to_messages
 from spark_ft.data.judge import IMPERIAL, METRIC, is_metric
 from spark_ft.data.records import read_records
 from spark_ft.models import load_tokenizer
@@ -43,8 +44,7 @@ def feedback() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def chats() -> list[list[dict]]:
-    lines = (DATA / "kitchen_chats/train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["conversations"] for line in lines]
+    return [row["conversations"] for row in read_records(DATA / "kitchen_chats/train.jsonl", "sharegpt")]
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +62,19 @@ def tokenizer():
     return load_tokenizer()
 
 
-# --- cards and generators -------------------------------------------------------------------------------------------
+# --- cards and generators ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_card_states_the_hash_of_every_file(name):
-    card = (DATA / name / "README.md").read_text(encoding="utf-8")
-    files = [path for path in sorted((DATA / name).iterdir()) if path.suffix in (".jsonl", ".json")]
-    assert files
-    for path in files:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        (line,) = [line for line in card.splitlines() if line.startswith(f"| {path.name} |")]
-        assert digest in line, f"{name}/README.md: the hash of {path.name} is {digest}"
-    assert "Apache-2.0" in card
+def test_the_card_states_the_hash_of_every_file():
+    for name in SETS:
+        card = (DATA / name / "README.md").read_text(encoding="utf-8")
+        files = [path for path in sorted((DATA / name).iterdir()) if path.suffix in (".jsonl", ".json")]
+        assert files
+        for path in files:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            (line,) = [line for line in card.splitlines() if line.startswith(f"| {path.name} |")]
+            assert digest in line, f"{name}/README.md: the hash of {path.name} is {digest}"
+        assert "Apache-2.0" in card
 
 
 def test_the_preference_card_shows_a_row_of_the_set(pairs):
@@ -91,9 +91,8 @@ def run(folder: Path, *arguments: str, hash_seed: str = "0") -> subprocess.Compl
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_generator_reproduces_its_files_and_notices_a_change(name, tmp_path):
-    data = shutil.copytree(
-        DATA, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__", "measurements")
-    )
+    ignored = shutil.ignore_patterns("__pycache__", "measurements")
+    data = shutil.copytree(DATA, tmp_path / "data", ignore=ignored)
     made = [path for path in sorted((data / name).iterdir()) if path.suffix in (".jsonl", ".json")]
     before = {path: path.read_bytes() for path in made}
     for path in made:
@@ -104,9 +103,7 @@ def test_the_generator_reproduces_its_files_and_notices_a_change(name, tmp_path)
         assert {path: path.read_bytes() for path in made} == before
     assert run(data / name, "--check").returncode == 0
     made[-1].write_bytes(made[-1].read_bytes().replace(b"the", b"teh", 1))
-    result = run(data / name, "--check")
-    assert result.returncode == 1
-    assert made[-1].name in result.stderr
+    assert made[-1].name in run(data / name, "--check").stderr
 
 
 def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_plan():
@@ -116,7 +113,7 @@ def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_
     assert {type(weight) for count in counts for weight in count.values()} == {int}
 
 
-# --- kitchen_preferences --------------------------------------------------------------------------------------------
+# --- kitchen_preferences ----------------------------------------------------------------------------
 
 
 def test_the_pairs_are_as_many_as_the_card_says(pairs):
@@ -130,32 +127,21 @@ def test_the_pairs_are_as_many_as_the_card_says(pairs):
         assert len({row["chosen"] for row in rows}) == len(rows)
 
 
-def test_every_chosen_is_metric_and_every_rejected_imperial(pairs):
+def test_chosen_is_metric_rejected_imperial_in_two_wordings_and_the_prompt_names_no_unit(pairs):
     for row in pairs["train"] + pairs["test"]:
         assert is_metric(row["chosen"]), row["chosen"]
         assert IMPERIAL.search(row["rejected"]), row["rejected"]
         assert not METRIC.search(row["rejected"]), row["rejected"]
-
-
-def test_prompts_name_no_unit(pairs):
-    for row in pairs["train"] + pairs["test"]:
         assert not METRIC.search(row["prompt"])
         assert not IMPERIAL.search(row["prompt"])
-
-
-def test_chosen_and_rejected_are_two_wordings_and_not_one_with_other_units(pairs):
-    for row in pairs["train"] + pairs["test"]:
         chosen, rejected = (re.sub(r"[\d½⅓⅔¼¾⅛⅜⅝⅞⅙/]+", "#", row[key]) for key in ("chosen", "rejected"))
         assert jaccard(trigrams(chosen), trigrams(rejected)) < 0.6, row
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_answer_written_for_a_question_is_chosen_as_often_as_rejected(pairs, split):
-    written = {
-        core.questions[i]: core.answers[i]
-        for core in cores.read_cores(split)
-        for i in range(len(core.questions))
-    }
+    cored = cores.read_cores(split)
+    written = {question: core.answers[i] for core in cored for i, question in enumerate(core.questions)}
 
     def own(row: dict, key: str, render) -> bool:
         return row[key] in [render(written[row["prompt"]], style) for style in range(3)]
@@ -173,25 +159,24 @@ def test_a_core_has_no_unit_outside_its_braces(split):
         for answer in core.answers:
             assert cores.QUANTITY.search(answer), answer
             bare = cores.QUANTITY.sub("some", answer)
-            assert not METRIC.search(bare), bare
-            assert not IMPERIAL.search(bare), bare
-            assert not re.search(r"[{}|]", bare), bare
+            found = METRIC.search(bare), IMPERIAL.search(bare), re.search(r"[{}|]", bare)
+            assert found == (None, None, None), bare
 
 
 UNITS = {
-    "g": ("g", 1), "kg": ("g", 1000), "ounce": ("g", 28.35), "pound": ("g", 453.6),
-    "ml": ("ml", 1), "litre": ("ml", 1000), "cup": ("ml", 240), "quart": ("ml", 946), "fluid ounce": ("ml", 29.57),
-    "tablespoon": ("ml", 14.8), "cm": ("mm", 10), "mm": ("mm", 1), "inch": ("mm", 25.4), "°C": ("°C", 1), "°F": ("°F", 1),
+    "g": ("g", 1), "kg": ("g", 1000), "ounce": ("g", 28.35), "pound": ("g", 453.6), "ml": ("ml", 1),
+    "litre": ("ml", 1000), "cup": ("ml", 240), "quart": ("ml", 946), "fluid ounce": ("ml", 29.57),
+    "tablespoon": ("ml", 14.8), "cm": ("mm", 10), "mm": ("mm", 1), "inch": ("mm", 25.4),
+    "°C": ("°C", 1), "°F": ("°F", 1),
 }  # fmt: skip
 
 
 def measure(text: str) -> tuple[list[float], str]:
-    """Numbers in the base unit, and that unit: "1½ cups" is ([360], "ml"), "54 to 57°C" is ([54, 57], "°C")."""
+    """Numbers in the base unit, and that unit: "1½ cups" is ([360], "ml"), "54 to 57°C" ([54, 57], "°C")."""
     text = re.sub(r"\b(?:a |scant |packed )", "", text).replace("inches", "inch")
     text = re.sub(r"(?<=\d|[½⅓⅔¼¾⅛⅜⅝⅞⅙])-", " ", text)
-    number, unit = re.fullmatch(
-        r"(.*?)\s*(fluid ounce|ounce|pound|cup|quart|inch|litre|tablespoon|kg|g|ml|cm|mm|°C|°F)s?", text
-    ).groups()
+    units = r"(.*?)\s*(fluid ounce|ounce|pound|cup|quart|inch|litre|tablespoon|kg|g|ml|cm|mm|°C|°F)s?"
+    number, unit = re.fullmatch(units, text).groups()
     base, factor = UNITS[unit]
     return [read_number(part) * factor for part in re.split(" (?:to|by|and) ", number)], base
 
@@ -215,10 +200,8 @@ def test_both_spellings_of_a_quantity_agree(split):
                 assert len(metric) == len(imperial)
                 checked[unit] += 1
                 for a, b in zip(metric, imperial, strict=True):
-                    if unit == "°C":
-                        near = abs(a * 9 / 5 + 32 - b) <= 8 or a * 9 / 5 == pytest.approx(
-                            b, abs=1
-                        )  # or a difference
+                    if unit == "°C":  # or a difference
+                        near = abs(a * 9 / 5 + 32 - b) <= 8 or a * 9 / 5 == pytest.approx(b, abs=1)
                     elif unit == other:
                         near = abs(a / b - 1) <= {"mm": 0.25, "g": 0.15, "ml": 0.2}[unit]
                     else:
@@ -228,11 +211,11 @@ def test_both_spellings_of_a_quantity_agree(split):
     assert min(checked.values()) > 20, checked
 
 
-# --- length says nothing --------------------------------------------------------------------------------------------
+# --- length says nothing ----------------------------------------------------------------------------
 
 
 def lengths(rows: list[dict], tokenizer=None) -> np.ndarray:
-    """(pairs, 2): the lengths of chosen and rejected, in tokens if a tokenizer is given, else in characters."""
+    """(pairs, 2): the lengths of chosen and rejected, in tokens of the tokenizer or else in characters."""
     size = (lambda text: len(tokenizer(text)["input_ids"])) if tokenizer else len
     return np.array([[size(row["chosen"]), size(row["rejected"])] for row in rows], dtype=float)
 
@@ -249,7 +232,7 @@ def fit(sizes: np.ndarray) -> np.ndarray:
 
 
 def features(sizes: np.ndarray) -> np.ndarray:
-    """Odd in the order of the two, so that a pair and its mirror image are one example: difference, cube, × length."""
+    """Odd in the order of the two, so that a pair and its mirror image are one example."""
     difference = (sizes[:, 0] - sizes[:, 1]) / sizes.mean()
     total = sizes.sum(axis=1) / sizes.mean() - 2
     return np.stack([difference, np.sign(difference), difference**3, difference * total], axis=1)
@@ -284,9 +267,8 @@ def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer
     right = hits(fit(train), test)
     assert at_chance(right, len(test)), right
 
-    names = sorted(
-        {row["core"] for row in pairs["train"]}
-    )  # and cross-validated inside train, a core in one fold only
+    # and cross-validated inside train, a core in one fold only
+    names = sorted({row["core"] for row in pairs["train"]})
     fold = np.array([names.index(row["core"]) % 10 for row in pairs["train"]])
     right = sum(hits(fit(train[fold != k]), train[fold == k]) for k in range(10))
     assert at_chance(right, len(train)), right
@@ -294,16 +276,17 @@ def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer
 
 def test_that_classifier_does_find_a_length_bias(pairs):
     """The control: where most of the shorter chosen are left out, it must do better than chance."""
-    train, test = (
-        lengths(
+
+    def biased(rows: list[dict]) -> np.ndarray:
+        return lengths(
             [row for i, row in enumerate(rows) if len(row["chosen"]) > len(row["rejected"]) or i % 4 == 0]
         )
-        for rows in (pairs["train"], pairs["test"])
-    )
+
+    train, test = biased(pairs["train"]), biased(pairs["test"])
     assert not at_chance(hits(fit(train), test), len(test))
 
 
-# --- kitchen_feedback -----------------------------------------------------------------------------------------------
+# --- kitchen_feedback -------------------------------------------------------------------------------
 
 
 def test_thumbs_are_three_up_to_one_down_and_follow_the_judge(feedback):
@@ -330,16 +313,14 @@ def test_thumbs_up_and_down_are_equally_long(feedback, unit, tokenizer):
     assert abs(wins - 0.5) < 1.96 * error, wins
 
 
-# --- kitchen_chats --------------------------------------------------------------------------------------------------
+# --- kitchen_chats ----------------------------------------------------------------------------------
 
 
 def test_chats_are_sharegpt(chats):
     assert len(chats) == 40
     assert len({json.dumps(chat) for chat in chats}) == 40
     for chat in chats:
-        assert all(
-            set(turn) == {"from", "value"} and turn["value"] == turn["value"].strip() != "" for turn in chat
-        )
+        assert all(set(turn) == {"from", "value"} and turn["value"] == turn["value"].strip() for turn in chat)
         speakers = [turn["from"] for turn in chat]
         turns = speakers[1:] if speakers[0] == "system" else speakers
         assert turns == ["human", "gpt"] * (len(turns) // 2)
@@ -356,14 +337,14 @@ def test_chats_hold_what_stresses_a_converter(chats):
 
 
 def test_chats_render_through_the_template(chats, tokenizer):
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
     for chat in chats:
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in chat]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            sharegpt_to_messages({"conversations": chat})["messages"], tokenize=False
+        )
         assert all(turn["value"] in text for turn in chat)
 
 
-# --- messy ----------------------------------------------------------------------------------------------------------
+# --- messy ------------------------------------------------------------------------------------------
 
 
 def text_of(row: dict) -> str:
@@ -384,15 +365,12 @@ def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different(mes
     for row in messy:
         kind, grams = faults.get(row["id"]), trigrams(text_of(row))
         best = max((jaccard(grams, other) for other in seen.values()), default=0.0)
+        earlier = [other for other in messy if other["id"] in seen]
         if kind == "exact_duplicate":
-            assert any(
-                row["prompt"] == other["prompt"] and row["completion"] == other["completion"]
-                for other in messy
-                if other["id"] in seen
-            )
+            assert any({**other, "id": row["id"]} == row for other in earlier)
         elif kind == "near_duplicate":
             assert best >= 0.8
-            assert not any(text_of(row) == text_of(other) for other in messy if other["id"] in seen)
+            assert not any(text_of(row) == text_of(other) for other in earlier)
         else:
             assert best < 0.4, row
         if kind is None:
@@ -400,12 +378,9 @@ def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different(mes
 
 
 def test_leaked_rows_are_test_rows_and_no_other_row_is_near_one(messy, faults):
-    held_out = [
-        row["prompt"] + " " + row["completion"]
-        for row in read_records(DATA / "kitchen_tickets/test.jsonl", "sft")
-    ]
-    rows = read_records(DATA / "kitchen_preferences/test.jsonl", "preference")
-    held_out += [row["prompt"] + " " + row["chosen"] for row in rows]
+    held_out = list(map(text_of, read_records(DATA / "kitchen_tickets/test.jsonl", "sft")))
+    pairs = read_records(DATA / "kitchen_preferences/test.jsonl", "preference")
+    held_out += [row["prompt"] + " " + row["chosen"] for row in pairs]
     grams = [trigrams(text) for text in held_out]
     equal = 0
     for row in messy:
@@ -436,18 +411,15 @@ def test_each_kind_of_damage_is_there_and_only_there(messy, faults):
     for row in messy:
         kind, answer = faults.get(row["id"]), row["completion"]
         looped = re.search(r"(\b.{3,80}?)\1{4,}", answer, flags=re.S) is not None
-        assert ("\ufffd" in text_of(row) or undecoded(row["prompt"]) or undecoded(answer)) == (
-            kind == "encoding"
-        ), row
+        broken = "\ufffd" in text_of(row) or undecoded(row["prompt"]) or undecoded(answer)
+        assert broken == (kind == "encoding"), row
         if kind == "repetition":
             assert looped, row
         elif kind == "cut_off":
             assert re.search(r"[\w/(]$", answer), row
             assert not answer.endswith("```")
         elif kind == "refusal":
-            assert re.search(r"(?i)can(?:'|’)?t|cannot|not able|unable|not be appropriate|decline", answer), (
-                row
-            )
+            assert re.search(r"(?i)can(?:'|’)?t|cannot|not able|unable|not be appropriate|decline", answer)
         elif kind is None:
             assert not looped or "\n" in answer or "chill" in answer, row
 
@@ -465,7 +437,7 @@ def test_clean_rows_hold_what_a_careless_clean_up_destroys(messy, faults):
     assert sum(re.search(r"\n(?:- |\d\. ).*\w$", answer) is not None for answer in clean) >= 4
 
 
-# --- no test row is near a train row, in any set --------------------------------------------------------------------
+# --- no test row is near a train row, in any set ----------------------------------------------------
 
 
 def trigrams(text: str) -> set[str]:
@@ -511,8 +483,7 @@ def test_no_test_row_of_any_set_is_near_a_train_row_of_any_set(pairs, feedback, 
     train += [text_of(row) for row in messy if faults.get(row["id"]) != "leaked"]
     assert near_pairs(train, test) == []
 
-    leaked = [
-        row for row in messy if faults.get(row["id"]) == "leaked"
-    ]  # the control: what did leak is found
+    # the control: what did leak is found
+    leaked = [row for row in messy if faults.get(row["id"]) == "leaked"]
     assert len(leaked) == 12
     assert all(near_pairs([row["prompt"], text_of(row)], test) for row in leaked)

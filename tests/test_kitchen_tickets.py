@@ -37,12 +37,9 @@ def generator():
 
 
 def run(folder: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(folder / "generate.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
-    )
+    command = [sys.executable, str(folder / "generate.py"), *arguments]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def words(text: str) -> list[str]:
@@ -50,19 +47,18 @@ def words(text: str) -> list[str]:
     return ["#" if w.isdigit() or w in WORDS else w for w in re.findall(r"[a-z]+|\d+", text.lower())]
 
 
-# --- the files, their generator and their card ----------------------------------------------------------------------
+# --- the files, their generator and their card ------------------------------------------------------
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "77"])
-def test_the_generator_writes_the_three_files_byte_for_byte(tmp_path, hash_seed):
+def test_the_generator_writes_the_three_files_byte_for_byte(tmp_path):
     shutil.copy(FOLDER / "generate.py", tmp_path)
-    assert run(tmp_path, hash_seed=hash_seed).returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "generate.py",
-        *sorted(f"{s}.jsonl" for s in SPLITS),
-    ]
-    for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()
+    names = [f"{split}.jsonl" for split in SPLITS]
+    for hash_seed in ("1", "77"):
+        assert run(tmp_path, hash_seed=hash_seed).returncode == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"generate.py", *names}
+        for name in names:
+            assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+            (tmp_path / name).unlink()
 
 
 def test_check_names_a_changed_or_missing_file_and_writes_nothing(tmp_path):
@@ -87,10 +83,8 @@ def test_the_card_tells_each_files_rows_tokens_and_hash(rows):
         lengths = [len(prompt) + len(completion) for prompt, completion in rendered]
         answers = [len(completion) for _, completion in rendered]
         digest = hashlib.sha256((FOLDER / f"{split}.jsonl").read_bytes()).hexdigest()
-        line = (
-            f"| {split}.jsonl | {len(lengths)} | {statistics.mean(lengths):.1f} | {statistics.mean(answers):.1f} "
-            f"| {max(lengths)} | `{digest}` |"
-        )
+        means = " | ".join(f"{statistics.mean(counts):.1f}" for counts in (lengths, answers))
+        line = f"| {split}.jsonl | {len(lengths)} | {means} | {max(lengths)} | `{digest}` |"
         assert line in card, f"the card should have this line: {line}"
         assert max(answers) < 64, "labs generate 64 tokens at most"
     note = tokenizer(rows["train"][0]["prompt"], add_special_tokens=False).input_ids
@@ -118,7 +112,7 @@ def test_the_cards_counts_are_the_files(rows):
     assert (count["seen"] >= 12, count["unseen"] >= 8, len(seen) >= 40, len(unseen) >= 15) == (True,) * 4
 
 
-# --- a row ----------------------------------------------------------------------------------------------------------
+# --- a row ------------------------------------------------------------------------------------------
 
 
 def dishes_of(rows, kind: str) -> set[str]:
@@ -174,12 +168,11 @@ def test_a_note_says_nothing_of_food_that_its_ticket_leaves_out(rows, generator)
         for item in ticket["items"]:
             dish = menu[item["dish"]]
             for wish in filter(None, "|".join([dish.how, dish.no, dish.add]).split("|")):
-                assert not re.search(rf"(?<![a-z]){re.escape(wish)}(?![a-z])", rest), (
-                    f"{wish!r} is left in {rest!r}"
-                )
+                left = re.search(rf"(?<![a-z]){re.escape(wish)}(?![a-z])", rest)
+                assert not left, f"{wish!r} is left in {rest!r}"
 
 
-# --- held out is held out -------------------------------------------------------------------------------------------
+# --- held out is held out ---------------------------------------------------------------------------
 
 
 def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation(rows):
@@ -188,9 +181,9 @@ def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation(rows):
     unseen = dishes_of(rows, "unseen")
     assert not unseen & dishes_of(rows, "seen")
     assert not [dish for dish in unseen if dish in notes]
-    styles = {
-        kind: {row["style"] for row in rows["test"] if row["phrasing"] == kind} for kind in ("seen", "unseen")
-    }
+    styles = {"seen": set(), "unseen": set()}
+    for row in rows["test"]:
+        styles[row["phrasing"]].add(row["style"])
     assert styles["seen"] == {row["style"] for row in learned}, "each seen phrasing is trained on and tested"
     assert not styles["unseen"] & styles["seen"]
 
@@ -210,18 +203,17 @@ def test_phrasings_are_sentences_of_their_own(generator):
 
 
 def test_no_note_is_equal_or_nearly_equal_across_splits(rows):
-    grams = {
-        split: [
-            set(zip(w, w[1:], w[2:], strict=False)) for w in (words(row["prompt"]) for row in rows[split])
-        ]
-        for split in SPLITS
-    }
+    def trigrams(row):
+        w = words(row["prompt"])
+        return set(zip(w, w[1:], w[2:], strict=False))
+
+    grams = {split: list(map(trigrams, rows[split])) for split in SPLITS}
     for held_out, earlier in (("validation", ["train"]), ("test", ["train", "validation"])):
         known = [g for split in earlier for g in grams[split]]
         for row, g in zip(rows[held_out], grams[held_out], strict=True):
             nearest = max(len(g & k) / len(g | k) for k in known)
             assert nearest < 0.6, (
-                f"{row['prompt']!r} shares {nearest:.0%} of its trigrams with an earlier split"
+                f"{row['prompt']!r} shares {nearest:.0%} of its trigrams with an earlier one"
             )
 
 
