@@ -14,7 +14,7 @@ from spark_ft.files import ROOT
 PACKAGE = ROOT / "spark_ft"
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 # Each layer may import itself and the layers below it; data/ and methods/ stand side by side.
-LAYERS = {"lab": 4, "cli": 4, "bench": 3, "data": 1, "methods": 1}
+LAYERS = {"lab": 4, "cli": 4, "shapes": 4, "bench": 3, "data": 1, "methods": 1}
 GROUND = {"files", "lazy", "stats", "version"}
 MODULES = 2  # every other file and folder of the package
 PEERS = {"bench/peers.py", "lab/parity.py"}
