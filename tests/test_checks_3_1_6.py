@@ -10,11 +10,12 @@ import torch
 from helpers import accepts, printed_by, refuses, then
 
 from spark_ft.data.cleaning import drop_leaked
-from spark_ft.data.formats import GENERATION_TEMPLATE, messages_to_sharegpt, sharegpt_to_messages
+from spark_ft.data.formats import messages_to_sharegpt, sharegpt_to_messages
 from spark_ft.data.records import read_records
 from spark_ft.files import ROOT
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import lab_3_1_6 as study
+from spark_ft.lab.parity import GENERATION_TEMPLATE
 from spark_ft.models import load_tokenizer
 
 ROLE = {"system": "system", "human": "user", "gpt": "assistant"}

@@ -25,10 +25,10 @@ from spark_ft.data.batches import (
     with_prompt,
 )
 from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation
-from spark_ft.data.formats import GENERATION_TEMPLATE, sft_to_messages, sharegpt_to_messages, to_dataset
+from spark_ft.data.formats import sft_to_messages, sharegpt_to_messages, to_dataset
 from spark_ft.data.records import check_records, iter_records, read_records, write_records
 from spark_ft.files import ROOT
-from spark_ft.lab.parity import trl_marks
+from spark_ft.lab.parity import GENERATION_TEMPLATE, trl_marks
 from spark_ft.models import load_tokenizer
 
 ROW = {"prompt": "Soup of the day?", "completion": "Leek."}

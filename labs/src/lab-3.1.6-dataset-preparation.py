@@ -82,7 +82,6 @@ from spark_ft import (
 )
 from spark_ft.data.batches import padded
 from spark_ft.data.cleaning import drop_leaked, drop_near_duplicates
-from spark_ft.data.formats import GENERATION_TEMPLATE
 from spark_ft.data.judge import is_metric
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_6 as checks
@@ -358,7 +357,7 @@ checks.check_answer_mask(answer_mask)
 # `completion_only_loss`. Same tokens, same marks? All forty chats:
 
 # %%
-from spark_ft.lab.parity import trl_marks
+from spark_ft.lab.parity import GENERATION_TEMPLATE, trl_marks
 
 marked = copy.deepcopy(tokenizer)
 marked.chat_template = GENERATION_TEMPLATE

@@ -12,7 +12,6 @@ __getattr__, __dir__, __all__ = lazy_names(
             "collate_preferences",
             "collate_sft",
             "feedback_batches",
-            "padded",
             "preference_batches",
             "sft_batches",
             "with_prompt",

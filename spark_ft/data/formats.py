@@ -17,17 +17,6 @@ from spark_ft.data.records import SHAREGPT, Record, find_fault, given
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# The embedded model's own template with marks around what the assistant says, and the same text when
-# rendered: what TRL's `assistant_only_loss` needs. `all_answers` needs none of it.
-GENERATION_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 _USUAL = {role: name for name, role in reversed(SHAREGPT.items())}  # role → ShareGPT's usual name for it
 _COLUMN = "column"  # `from` of a system turn that stood beside the conversation, for the way back
 

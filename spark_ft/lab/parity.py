@@ -91,6 +91,18 @@ def _against_peft(
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
 
 
+# The embedded model's own template with marks around what the assistant says, and the same text when
+# rendered: what TRL's `assistant_only_loss` needs. `all_answers` needs none of it.
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def trl_marks(
     records: list[dict[str, Any]], tokenizer, completion_only: bool = False, assistant_only: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
