@@ -388,12 +388,11 @@ def test_the_embedded_model_in_4_bits_still_knows_and_keeps_its_generation_setti
 
 
 STREAMED = """
-from helpers import tiny_model
 from spark_ft.memory.machine import measure
 from spark_ft.models import embedded_folder, load_nf4
 import sys, torch
 load_nf4(sys.argv[1], torch.float32, "cpu")  # what is imported on the way is no tensor
-with measure("cpu", anonymous=True) as memory:
+with measure("cpu", process=True) as memory:
     model = load_nf4(embedded_folder(), torch.float32, "cpu")
 size = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 largest = max(p.nbytes for p in model.parameters())
@@ -405,8 +404,8 @@ print(memory.extra, size, largest)
 def test_reading_into_4_bits_holds_no_more_than_the_quantized_model_and_one_tensor(folder):
     """In anonymous memory, in a process of its own; mapped files would not count, but none are."""
     command = [sys.executable, "-c", STREAMED, folder]
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     peak, size, largest = map(int, done.stdout.split()[-3:])
     assert size < 0.32 * 134_515_008 * 4  # the embedding stays in fp32: 113 of 171 MB
     assert peak <= size + largest
