@@ -56,8 +56,8 @@ class DoRALinear(LoRALinear):
         drops = self.training and self.dropout > 0
         dropped = F.dropout(x.to(A.dtype), self.dropout, self.training)
         low = rows(dropped) @ A.T
-        Wx = (self.base(dropped.to(x.dtype)) if drops else out).to(low.dtype)
-        z = torch.addmm(rows(Wx), low, B.T, alpha=self.scaling)  # W x + b + s · (x Aᵀ) Bᵀ
+        Wx = self.base(dropped.to(x.dtype)).to(low.dtype) if drops else out
+        z = torch.addmm(rows(Wx).to(low.dtype), low, B.T, alpha=self.scaling)  # W x + b + s · (x Aᵀ) Bᵀ
         y = ScaleRows.apply(z, gain, self.bias, z.dtype if drops else out.dtype)  # m/n · (z − b) + b
         y = y.view(out.shape)
         return out + (y - Wx).to(out.dtype) if drops else y
