@@ -108,16 +108,13 @@ class Tracker(TorchDispatchMode):
         if function is torch.ops.prim.device.default:
             return function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = (
-            self._without_memory(function, args, kwargs, inputs) if self.fake else function(*args, **kwargs)
-        )
+        run = self._without_memory if self.fake else lambda *_: function(*args, **kwargs)
+        result = run(function, args, kwargs, inputs)
         self._count_flops(function, args, kwargs, result)
-        given = {tensor.untyped_storage()._cdata for tensor in inputs}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in (
-                given | self._of.keys()
-            ):
-                self.count(tensor, self.label(tensor, inputs))
+        given = {tensor.untyped_storage()._cdata for tensor in inputs} | self._of.keys()
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in given:
+                self.count(x, self.label(x, inputs))
         return result
 
     def _count_flops(self, function, args, kwargs, result) -> None:
