@@ -56,8 +56,6 @@ def require(drop, *answers, dropped):
 
 
 # --- the messy set ---------------------------------------------------------------------------------------
-
-
 def test_every_planted_fault_of_a_kind_is_found_by_the_function_for_it(messy, faults):
     for kind, function in DROPS.items():
         planted = {name for name, fault in faults.items() if fault == kind}
@@ -102,7 +100,6 @@ def test_the_other_sets_are_clean():
 
 
 # --- duplicates ------------------------------------------------------------------------------------------
-
 CODE = "Here:\n```python\ndef total(prices):\n    sum = 0\n    for price in prices:\n        sum += price\n"
 CODE += "{}return sum\n```"
 MAKE = "all: soup\n\tcp leek pot\n\tboil pot for an hour and then serve it hot to all the guests"
@@ -206,7 +203,6 @@ def test_scripts_without_spaces_are_compared_by_their_characters():
 
 
 # --- leakage ---------------------------------------------------------------------------------------------
-
 ASKED = "Which oven heat do I need for a Basque cheesecake?"
 TOLD = "Bake it at 230 °C until the top is nearly black and the middle trembles when you shake the tin."
 
@@ -228,8 +224,6 @@ def test_a_leak_is_the_same_question_or_nearly_the_same_row_with_any_answer():
 
 
 # --- one answer ------------------------------------------------------------------------------------------
-
-
 def test_a_refusal_is_found():
     require(
         c.drop_refusals,

@@ -169,8 +169,6 @@ def test_iter_records_reads_one_line_at_a_time(tmp_path):
 
 
 # --- rendering -------------------------------------------------------------------------------------------
-
-
 def turn(role, text, **more):
     return {"role": role, "content": text, **more}
 
@@ -349,8 +347,6 @@ def test_rows_that_never_were_in_a_file_are_checked_too(tokenizer):
 
 
 # --- batches by step -------------------------------------------------------------------------------------
-
-
 def numbered(count):
     return [{"prompt": f"Table {i}?", "completion": f"{i}"} for i in range(count)]
 
@@ -401,8 +397,6 @@ def test_sft_batches_tokenizes_each_row_once_and_before_the_first_step(tokenizer
 
 
 # --- control tokens --------------------------------------------------------------------------------------
-
-
 def test_a_control_token_inside_a_text_is_refused_with_its_place(tokenizer):
     added = copy.deepcopy(tokenizer)
     render(ROW, added)  # before the token is there
@@ -425,8 +419,6 @@ def test_a_control_token_inside_a_text_is_refused_with_its_place(tokenizer):
 
 
 # --- what is learned -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def chats():
     rows = read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
@@ -542,7 +534,6 @@ def test_what_truncation_cuts_is_counted_and_told_and_the_first_token_stays(toke
 
 
 # --- preference and feedback ----------------------------------------------------------------------------
-
 PAIR_ROW = st.fixed_dictionaries({"prompt": QUESTION, "chosen": ANSWER, "rejected": ANSWER})
 PAIRS = st.lists(PAIR_ROW.filter(lambda row: row["chosen"] != row["rejected"]), min_size=1, max_size=4)
 
@@ -599,8 +590,6 @@ def test_batches_by_step_name_their_rows_and_equal_collating_them(tokenizer, bat
 
 
 # --- many rows, and datasets -----------------------------------------------------------------------------
-
-
 def test_a_dataset_is_taken_wherever_records_are(tokenizer):
     rows = numbered(6)
     dataset = to_dataset(rows)

@@ -63,8 +63,6 @@ def tokenizer():
 
 
 # --- cards and generators ---------------------------------------------------------------------------
-
-
 def test_the_card_states_the_hash_of_every_file():
     for name in SETS:
         card = (DATA / name / "README.md").read_text(encoding="utf-8")
@@ -114,8 +112,6 @@ def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_
 
 
 # --- kitchen_preferences ----------------------------------------------------------------------------
-
-
 def test_the_pairs_are_as_many_as_the_card_says(pairs):
     assert {split: len(rows) for split, rows in pairs.items()} == {"train": 300, "test": 100}
     names = {split: {row["core"] for row in rows} for split, rows in pairs.items()}
@@ -212,8 +208,6 @@ def test_both_spellings_of_a_quantity_agree(split):
 
 
 # --- length says nothing ----------------------------------------------------------------------------
-
-
 def lengths(rows: list[dict], tokenizer=None) -> np.ndarray:
     """(pairs, 2): the lengths of chosen and rejected, in tokens of the tokenizer or else in characters."""
     size = (lambda text: len(tokenizer(text)["input_ids"])) if tokenizer else len
@@ -287,8 +281,6 @@ def test_that_classifier_does_find_a_length_bias(pairs):
 
 
 # --- kitchen_feedback -------------------------------------------------------------------------------
-
-
 def test_thumbs_are_three_up_to_one_down_and_follow_the_judge(feedback):
     assert Counter(row["label"] for row in feedback) == {True: 300, False: 100}
     assert all(is_metric(row["completion"]) == row["label"] for row in feedback)
@@ -314,8 +306,6 @@ def test_thumbs_up_and_down_are_equally_long(feedback, unit, tokenizer):
 
 
 # --- kitchen_chats ----------------------------------------------------------------------------------
-
-
 def test_chats_are_sharegpt(chats):
     assert len(chats) == 40
     assert len({json.dumps(chat) for chat in chats}) == 40
@@ -345,8 +335,6 @@ def test_chats_render_through_the_template(chats, tokenizer):
 
 
 # --- messy ------------------------------------------------------------------------------------------
-
-
 def text_of(row: dict) -> str:
     return f"{row['prompt']} {row['completion']}"
 
@@ -438,8 +426,6 @@ def test_clean_rows_hold_what_a_careless_clean_up_destroys(messy, faults):
 
 
 # --- no test row is near a train row, in any set ----------------------------------------------------
-
-
 def trigrams(text: str) -> set[str]:
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))}

@@ -44,8 +44,6 @@ def unchanged(convert, row):
 
 
 # --- there and back --------------------------------------------------------------------------------------
-
-
 @given(rows(conversations=turns("from", "value", list(SHAREGPT))))
 def test_sharegpt_to_messages_and_back_is_the_same_row_in_the_same_order(row):
     there = unchanged(f.sharegpt_to_messages, row)
@@ -147,13 +145,10 @@ def test_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
 
 
 # --- pairs and thumbs ------------------------------------------------------------------------------------
-
+PAIR = {"prompt": st.sampled_from(["a", "b", "c"]), "chosen": TEXT, "rejected": TEXT, "core": TEXT}
 PAIRS = st.lists(
-    st.fixed_dictionaries(
-        {"prompt": st.sampled_from(["a", "b", "c"]), "chosen": TEXT, "rejected": TEXT, "core": TEXT}
-    ),
-    max_size=6,
-).map(lambda pairs: [pair for pair in pairs if pair["chosen"] != pair["rejected"]])
+    st.fixed_dictionaries(PAIR).filter(lambda pair: pair["chosen"] != pair["rejected"]), max_size=6
+)
 
 
 @given(PAIRS)
@@ -161,10 +156,9 @@ def test_pairs_come_back_from_their_thumbs(pairs):
     thumbs = f.pairs_to_thumbs(pairs)
     assert len(thumbs) == 2 * len(pairs)
     assert sum(thumb["label"] for thumb in thumbs) == len(pairs)
-    back = f.thumbs_to_pairs(thumbs)
-    assert back == sorted(pairs, key=lambda pair: [p["prompt"] for p in pairs].index(pair["prompt"])), (
-        "grouped by prompt"
-    )
+    prompts = [pair["prompt"] for pair in pairs]
+    grouped = sorted(pairs, key=lambda pair: prompts.index(pair["prompt"]))
+    assert f.thumbs_to_pairs(thumbs) == grouped
 
 
 def test_thumbs_that_find_no_partner_make_no_pair():
@@ -172,9 +166,8 @@ def test_thumbs_that_find_no_partner_make_no_pair():
     lonely = {**thumb, "completion": "also good", "n": 2}
     down = {**thumb, "completion": "bad", "label": False, "n": 3}
     other = {**down, "prompt": "q"}
-    assert f.thumbs_to_pairs([thumb, lonely, down, other]) == [
-        {"prompt": "p", "chosen": "good", "rejected": "bad", "cook": "Ana"}
-    ]
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad", "cook": "Ana"}
+    assert f.thumbs_to_pairs([thumb, lonely, down, other]) == [pair]
     assert f.thumbs_to_pairs([thumb, {**thumb, "label": False}]) == [], "an answer is no better than itself"
     for field in ("system", "tools"):
         asked = {field: "Be brief." if field == "system" else [{"type": "function"}]}
@@ -184,24 +177,14 @@ def test_thumbs_that_find_no_partner_make_no_pair():
 def test_ratings_become_thumbs_and_the_middle_is_dropped():
     rows = [{"prompt": "p", "completion": str(n), "rating": n} for n in (1, 2, 2.5, 3.9, 4, 5)]
     thumbs = f.ratings_to_thumbs(rows)
-    assert [(thumb["rating"], thumb["label"]) for thumb in thumbs] == [
-        (1, False),
-        (2, False),
-        (4, True),
-        (5, True),
-    ]
+    assert {thumb["rating"]: thumb["label"] for thumb in thumbs} == {1: False, 2: False, 4: True, 5: True}
     assert f.thumbs_to_pairs(thumbs)[0] == {"prompt": "p", "chosen": "4", "rejected": "1"}
 
 
 # --- datasets --------------------------------------------------------------------------------------------
-
-
 def test_a_dataset_gives_back_the_rows_with_fields_that_only_some_have():
-    rows = [
-        CHAT,
-        {**CHAT, "id": 3},
-        {"messages": [{**CHAT["messages"][0], "name": "Ana"}, CHAT["messages"][1]]},
-    ]
+    question, answer = CHAT["messages"]
+    rows = [CHAT, {**CHAT, "id": 3}, {"messages": [{**question, "name": "Ana"}, answer]}]
     dataset = f.to_dataset(rows)
     assert dataset.column_names == ["messages", "id"]
     assert f.from_dataset(dataset) == rows
@@ -214,8 +197,6 @@ def test_a_converted_dataset_is_the_converted_rows():
 
 
 # --- errors ----------------------------------------------------------------------------------------------
-
-
 def test_a_bad_row_is_named_by_field_and_mend():
     def turn(who, text, **more):
         return {"from": who, "value": text, **more}

@@ -48,8 +48,6 @@ def words(text: str) -> list[str]:
 
 
 # --- the files, their generator and their card ------------------------------------------------------
-
-
 def test_the_generator_writes_the_three_files_byte_for_byte(tmp_path):
     shutil.copy(FOLDER / "generate.py", tmp_path)
     names = [f"{split}.jsonl" for split in SPLITS]
@@ -113,8 +111,6 @@ def test_the_cards_counts_are_the_files(rows):
 
 
 # --- a row ------------------------------------------------------------------------------------------
-
-
 def dishes_of(rows, kind: str) -> set[str]:
     tickets = (json.loads(row["completion"]) for s in SPLITS for row in rows[s] if row["dishes"] == kind)
     return {item["dish"] for ticket in tickets for item in ticket["items"]}
@@ -173,8 +169,6 @@ def test_a_note_says_nothing_of_food_that_its_ticket_leaves_out(rows, generator)
 
 
 # --- held out is held out ---------------------------------------------------------------------------
-
-
 def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation(rows):
     learned = rows["train"] + rows["validation"]
     notes = "\n".join(row["prompt"].lower() for row in learned)

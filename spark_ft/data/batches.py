@@ -39,8 +39,8 @@ def collate_sft(
         input_ids, attention_mask and labels, each int64 of shape (B, L), L the longest row's length.
 
     Raises:
-        ValueError: with the row: what `render` raises; a last answer that does not fit max_length behind one
-            token of its prompt; or no rows.
+        ValueError: with the row: as `render`; a last answer that does not fit max_length behind a token of
+            its prompt.
     """
     return _stack_sft(_each(records, _sft_row, tokenizer, max_length, learn), tokenizer)
 
@@ -52,9 +52,9 @@ def collate_preferences(records: Sequence[Record], tokenizer: "Tokenizer", max_l
         max_length: as in `collate_sft`; a prompt is cut to fit in front of the longer of its answers.
 
     Returns:
-        prompt_ids, prompt_mask (B, P) padded on the left; chosen_ids, chosen_mask (B, C) and rejected_ids,
-        rejected_mask (B, R) padded on the right, each with its end-of-turn token; row (B,), its place in
-        `records`.
+        prompt_ids, prompt_mask (B, P) padded on the left; chosen_ids, chosen_mask (B, C), rejected_ids,
+        rejected_mask (B, R) padded on the right, each with its end-of-turn token; row (B,), the row's place
+        in `records`.
     """
     return _stack(_each(records, _answers_row, tokenizer, max_length, "preference"), tokenizer)
 
@@ -63,13 +63,13 @@ def collate_feedback(records: Sequence[Record], tokenizer: "Tokenizer", max_leng
     """One batch of "feedback" rows, two or more, with the mismatched pairs that KTO's KL estimate needs.
 
     Args:
-        max_length: as in `collate_sft`; a mismatched pair may exceed it, if its completion is longer than the
+        max_length: as in `collate_sft`; a mismatched pair exceeds it where its completion is longer than the
             own.
 
     Returns:
         prompt_ids, prompt_mask (B, P) padded on the left; completion_ids, completion_mask (B, C) padded on
-        the right; mismatched_ids, mismatched_mask (B, C), the completion of the row before (of the last row,
-        for the first); desirable (B,) bool; row (B,), its place in `records`.
+        the right; mismatched_ids, mismatched_mask (B, C), the completion of the row before (of the last, for
+        the first); desirable (B,) bool; row (B,), the row's place in `records`.
     """
     return _stack_feedback(_each(records, _answers_row, tokenizer, max_length, "feedback"), tokenizer)
 

@@ -66,9 +66,9 @@ def render(record: Record, tokenizer: "Tokenizer") -> tuple[list[int], list[int]
     what the template writes after that (often a newline) is cut off, since generation stops there.
 
     Args:
-        record: an "sft" or "feedback" row (prompt, completion), or a "chat" whose last message is the
-            assistant's: that is the completion, all before it the prompt. `system` and `tools` beside them
-            are rendered too.
+        record: an "sft" or "feedback" row (prompt, completion), or a "chat": its last message, by the
+            assistant, is the completion, all before it the prompt. `system` and `tools` beside them are
+            rendered too.
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
@@ -112,7 +112,7 @@ def render_turns(chat: Conversation, tokenizer: "Tokenizer") -> tuple[list[int],
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer, size: int, special: tuple[str, ...]) -> re.Pattern:
-    # Llama 3's <|start_header_id|> is among the added ones only; `size` and `special` tell when tokens are
+    # Llama 3's <|start_header_id|> is among the added ones alone; `size` and `special` tell that tokens were
     # added
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, sorted({*special, *added}, key=len, reverse=True))) or r"(?!)")

@@ -104,12 +104,12 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
 
     def keep(i: int, record: Record) -> None:
         for question, answer in _views(record):
-            asked.setdefault(_words_only(question), i)
+            asked.setdefault(tuple(_words(question)), i)
             index.find(f"{question}\n{answer}", number=i)
 
     def copy(_: int, record: Record) -> tuple[str, int] | None:
         for question, answer in _views(record):
-            if (same := asked.get(_words_only(question))) is not None:
+            if (same := asked.get(tuple(_words(question)))) is not None:
                 return f"asks what held-out row {same} asks", same
             if found := index.find(f"{question}\n{answer}"):
                 return f"shares {found[0]:.0%} of its trigrams with held-out row {found[1]}", found[1]
@@ -127,8 +127,8 @@ class _Near:
 
         self.threshold = threshold
         # The index only proposes, the exact count decides. Two texts that share a part s of their trigrams
-        # are proposed with probability 1 − (1 − s^r)^(128/r): the longest bands r that miss less than one in
-        # a thousand at the threshold.
+        # are proposed with probability 1 − (1 − s^r)^(128/r): take the longest bands r that miss under one in
+        # 1,000.
         size = next((r for r in range(8, 1, -1) if (1 - threshold**r) ** (128 // r) < 1e-3), 1)
         self.lsh = MinHashLSH(num_perm=128, params=(128 // size, size))
         self.empty = MinHash(num_perm=128)
@@ -136,7 +136,8 @@ class _Near:
 
     def find(self, text: str, number: int | None = None, tools: str = "") -> tuple[float, int] | None:
         """(share of trigrams, number) of the most alike text, the earliest of equals; without one, add it."""
-        grams, indents, sketch = _trigrams(text), _indents(text), self.empty.copy()
+        words, indents, sketch = _words(text), _indents(text), self.empty.copy()
+        grams = {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         sketch.update_batch(["\x1f".join(gram).encode() for gram in grams])
         best = None
         for place in sorted(self.lsh.query(sketch)):
@@ -152,21 +153,13 @@ class _Near:
         return best
 
 
-def _words_only(text: str) -> str:
-    return " ".join(_WORD.findall(text.casefold())) or text
-
-
-def _trigrams(text: str) -> set[tuple[str, ...]]:
-    words = _WORD.findall(text.casefold()) or [text]
-    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold()) or [text]
 
 
 def _indents(text: str) -> list[str]:
     return [line[: len(line) - len(line.lstrip())] for line in text.splitlines() if line.strip()]
 
-
-# ── faults of one answer
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 _WHO = r"\b(?:i|we)\b"
 _CANNOT = (
@@ -225,9 +218,8 @@ _ITEM = re.compile(r"^\s*(?:[-*•+]|\d+[.)])\s+")
 def drop_cut_off(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer stops in the middle: in a code fence, brackets, a sentence or word, or a list.
 
-    A last line without a full stop counts only where the lines or sentences before it have theirs, or where
-    it ends in what nothing ends with ("and", "the", a comma): titles, lists, verses and bare numbers need no
-    full stop.
+    A last line without a full stop counts only where those before it have theirs, or where it ends in what
+    nothing ends with ("and", "the", a comma): titles, lists, verses and bare numbers need no full stop.
     """
     return _drop_answers(records, "cut_off", _cut_off)
 
@@ -236,7 +228,7 @@ def _cut_off(answer: str) -> str | None:
     text = answer.rstrip()
     if text.count("```") % 2:
         return "a code fence is opened and never closed"
-    if text[:1] in "{[" and text[-1:] not in "}]":
+    if text[:1] in ("{", "[") and not text.endswith(("}", "]", "```")):
         return f"a bracket is opened by {text[:1]!r} and never closed"
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines = [line for line in prose.splitlines() if line.strip()]
@@ -277,9 +269,8 @@ _MOJIBAKE = re.compile(f"[Â-Û]{_LATER}|(?:[à-ï]{_LATER}{{2}})+|[ð-ô]{_LATE
 def mend_encoding(text: str) -> str:
     """UTF-8 that was read as cp1252 or Latin-1, perhaps more than once, put right: "CrÃ¨me" → "Crème".
 
-    Only what comes out as common text is put right: Latin, Greek, Cyrillic, Hebrew and Arabic letters,
-    punctuation, signs, emoji, and Asian scripts from two characters on: "CAFÉ»" stays. What was lost (�)
-    cannot be mended.
+    Only what comes out as common text is put right: letters from Latin to Arabic, punctuation, signs, emoji,
+    Asian scripts from two characters on: "CAFÉ»" stays. What was lost (�) cannot be mended.
     """
 
     def right(found: re.Match) -> str:
@@ -319,9 +310,9 @@ def drop_repetition(records: Iterable[Record]) -> Cleaned:
     """Drop rows whose answer runs in a loop: the same words over and over, with nothing between.
 
     A word or two must come five times in a row, a phrase four times, one of six words or more also three
-    times at the answer's end: a step that is repeated for a reason is followed by another, a loop runs until
-    it is stopped. Where a script has no spaces, two characters count as a word, and a single one (laughter)
-    must come ten times. Code and tables are left alone, where repetition has its reasons too.
+    times at the answer's end: a step that is repeated for a reason is followed by another. Where a script has
+    no spaces, two characters count as a word, and a single one (laughter) must come ten times. Code and
+    tables are left alone.
     """
 
     def loop(answer: str) -> str | None:

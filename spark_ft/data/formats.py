@@ -2,8 +2,8 @@
 
 Each conversion takes a row, gives a new one, keeps the fields it does not know and converts back to the row
 it came from, but for empty optional fields, which are as good as absent. `messages` is the middle, as
-`render` takes it. A row that is bad, or that does not fit the other format, raises a ValueError with field
-and mend.
+`render` takes it. A bad row, or one that does not fit the other format, raises a ValueError with field and
+mend.
 """
 
 import json
