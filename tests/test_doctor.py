@@ -166,15 +166,13 @@ def test_a_machine_that_answers_no_question_still_gets_its_report(monkeypatch, c
         assert line in said
 
 
-def test_plan_answers_a_config_that_it_cannot_read_with_a_sentence(tmp_path, capsys):
+def test_plan_answers_an_odd_config_with_a_sentence(tmp_path, capsys):
     for config in (
-        '{"model_type": "llama",',
         "[1]",
-        '{"model_type": "llama", "num_attention_heads": 0}',
         "{}",
+        '{"model_type": "nope"}',
+        '{"model_type": "llama", "num_attention_heads": 0}',
     ):
         (tmp_path / "config.json").write_text(config)
         assert cli(["plan", str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith(f"spark-ft plan: {tmp_path}")
-    assert cli(["plan", str(tmp_path / "none")]) == 1
-    assert "is neither a folder with a config.json nor a model" in capsys.readouterr().err
