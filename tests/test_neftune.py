@@ -38,7 +38,6 @@ def noise_of(model, run, ids):
 
 
 def assert_fills(noise, length, width, alpha=5.0):
-    """Uniform on ±α/√(L·d)."""
     bound = alpha / math.sqrt(length * width)
     assert 0.9 * bound < noise.abs().max() <= bound * 1.00001
 
