@@ -76,8 +76,8 @@ def drop_near_duplicates(records: Iterable[Record], threshold: float = SAME) -> 
         |A ∩ B| / |A ∪ B| ≥ threshold
 
     Trigrams are of words, or of characters where a script has no spaces. MinHash with locality-sensitive
-    hashing finds candidates in about linear time, and the share is then counted exactly. Code that is
-    indented otherwise, or a row with other tools, is another row, however alike the words.
+    hashing proposes in about linear time, and the share is then counted exactly. Other indentation of code,
+    or other tools, make another row, however alike the words.
 
     Args:
         threshold: higher drops fewer. Light edits of a sentence or two keep 0.7; unrelated rows share under

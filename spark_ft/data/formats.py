@@ -24,8 +24,7 @@ _COLUMN = "column"  # `from` of a system turn that stood beside the conversation
 def sharegpt_to_messages(row: Record) -> Record:
     """conversations [{from, value}], and a `system` beside them → messages [{role, content}].
 
-    human → user, gpt → assistant; an unusual name (bot, chatgpt, …) stays in the message as `from`, for the
-    way back.
+    human → user, gpt → assistant; an unusual name (bot, …) stays in the message as `from`, for the way back.
     """
     _check(row, "sharegpt")
     messages = [{**turn, "from": _COLUMN} for turn in _messages(row)]
@@ -59,8 +58,8 @@ def alpaca_to_messages(row: Record) -> Record:
     """instruction, input, output, and system and history where there are any → messages.
 
     The user's turn is the instruction, a blank line, and the input where there is one. Either may hold blank
-    lines itself, so the place where the input starts is written down beside the messages: `input_start`, a
-    number of characters. It is absent where the input is "", and null where the row has no such field.
+    lines, so `input_start` beside the messages tells at which character the input starts: absent where the
+    input is "", null where the row has no such field.
     """
     _check(row, "alpaca")
     user, mark = row["instruction"], {}
@@ -86,8 +85,7 @@ def messages_to_alpaca(row: Record) -> Record:
     elif isinstance(start, int) and 2 < start < len(user) and user[start - 2 : start] == "\n\n":
         asked = {"instruction": user[: start - 2], "input": user[start:]}
     else:
-        fault = f'"input_start" is {start!r}, but no input starts there'
-        raise ValueError(f"{fault}; the text was changed: take the field out")
+        raise ValueError(f'"input_start" is {start!r}, but no input starts there; take the field out')
     history = [list(turn) for turn in zip(earlier[::2], earlier[1::2], strict=True)]
     fields = {**asked, "output": answer, **system, **({"history": history} if history else {})}
     taken = ("instruction", "input", "output", "history", *system)
@@ -136,9 +134,7 @@ def messages_to_chatml(row: Record) -> str:
         _refuse_more({**message, "from": None}, "ChatML text")  # the role says what `from` does
         for mark in ("<|im_start|>", "<|im_end|>"):
             if mark in message["content"]:
-                raise ValueError(
-                    f'"messages" at [{i}]: "content" holds {mark}, ChatML\'s own mark; take it out'
-                )
+                raise ValueError(f'"messages" at [{i}]: "content" holds ChatML\'s own {mark}; take it out')
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"])
 
 
@@ -176,10 +172,7 @@ def thumbs_to_pairs(thumbs: Iterable[Record]) -> list[Record]:
 
 
 def ratings_to_thumbs(rows: Iterable[Record], up: float = 4, down: float = 2) -> list[Record]:
-    """Rows of prompt, completion and a number `rating` become feedback rows.
-
-    The label is true from `up` on and false down to `down`; rows between are dropped.
-    """
+    """Rows with a `rating` become feedback rows: true from `up` on, false down to `down`, else dropped."""
     if not down < up:
         raise ValueError(f"down={down} is not below up={up}; a rating cannot be both")
     thumbs = []

@@ -13,21 +13,13 @@ Record = dict[str, Any]
 Check = Callable[[Any], str | None]  # what is wrong with a value and how to mend it, or None
 
 ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT = {
-    "system": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "tool": "tool",
-}  # its usual names for the roles,
-SHAREGPT |= {
-    "user": "user",
-    "assistant": "assistant",
-    "observation": "tool",
-}  # and those that are found beside them
-SHAREGPT |= {"chatgpt": "assistant", "bot": "assistant"}
+# ShareGPT's names for the roles; the first of each role is the usual one
+SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool", "user": "user"}
+SHAREGPT |= {"assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
 
 _FILL = "fill it in or drop the row"
-_JSON = {bool: "true or false", type(None): "null", str: "a text", list: "a list", dict: "an object"}
+_JSON = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_JSON |= {type(None): "null", int: "a number", float: "a number"}
 
 
 def given(record: Mapping, field: str) -> Any:
@@ -51,13 +43,11 @@ def text_fault(value: Any) -> str | None:
 
 
 def _must_be(wanted: str, value: Any, mend: str) -> str:
-    name = _JSON.get(
-        type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}"
-    )
+    name = _JSON.get(type(value), f"a {type(value).__name__}")
     if type(value).__module__ == "numpy":
         name, mend = f"a NumPy {type(value).__name__}", "call its .tolist()"
     elif value is None or (isinstance(value, float) and value != value):
-        name, mend = "null" if value is None else "NaN", _FILL
+        name, mend = name if value is None else "NaN", _FILL
     return f"must be {wanted}, not {name}; {mend}"
 
 
