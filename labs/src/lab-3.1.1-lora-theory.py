@@ -441,8 +441,7 @@ checks.check_merge(merge, unmerge)
 # ## The package's version
 #
 # This is what all later labs train with. Two differences from yours: `enabled` lets you peel the notes off for a moment (lab 3.1.7
-# gets its reference model that way, for free), and `_AddLowRank` writes the update straight into the base's output and keeps
-# nothing for the backward pass but `x`.
+# gets its reference model that way, for free), and one `torch.addmm` makes the last product, the scaling and the sum at once.
 
 # %%
 print(inspect.getsource(LoRALinear.forward))

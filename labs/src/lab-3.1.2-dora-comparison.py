@@ -234,8 +234,7 @@ checks.check_merged_weight(merged_weight)
 # `DoRALinear` is a `LoRALinear` with a magnitude, and all of `adapters.py` works with it: `AdapterConfig(method="dora")`.
 
 # %%
-print(inspect.getsource(DoRALinear._adapted))
-print(inspect.getsource(DoRALinear._scaled))
+print(inspect.getsource(DoRALinear.forward))
 print(inspect.getsource(package_row_norm))
 
 # %% [markdown]

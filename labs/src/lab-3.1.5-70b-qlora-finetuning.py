@@ -69,7 +69,7 @@ from spark_ft.memory.guard import Guard, fit_report
 from spark_ft.memory.machine import DGX_SPARK, GIB, Machine, MemoryBudget, budget, free_at_once, held, measure
 from spark_ft.memory.plan import plan_step, plan_training
 from spark_ft.memory.shapes import known_config
-from spark_ft.methods import nf4
+from spark_ft.methods.fused import NF4Product
 from spark_ft.methods.nf4 import NF4_CODE, quantize_nf4
 from spark_ft.models import load_nf4, preflight
 from spark_ft.stats import mean_interval, paired_difference
@@ -235,7 +235,7 @@ checks.check_bits(bits_per_number)
 # unpacked a second time.
 
 # %%
-print(inspect.getsource(nf4._NF4Product))
+print(inspect.getsource(NF4Product))
 
 # %%
 weight = torch.randn(1024, 1024)
