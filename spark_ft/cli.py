@@ -10,9 +10,12 @@ from pathlib import Path
 
 def _doctor(arguments: list[str]) -> int:
     argparse.ArgumentParser(prog="spark-ft doctor", description=COMMANDS["doctor"][1]).parse_args(arguments)
-    from spark_ft.doctor import describe
+    from spark_ft.doctor import describe, look
 
-    print(describe())
+    machine = look()
+    print(describe(machine))
+    for fault in machine.faults:  # in the report too; here for who looks at errors alone
+        print(f"spark-ft doctor: {fault}", file=sys.stderr)
     return 0
 
 

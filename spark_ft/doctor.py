@@ -273,9 +273,8 @@ def report(m: Machine, plan_with: str) -> str:
     return "\n".join(said + [f"- {trap.name}: {trap.remedy}" for trap in traps])
 
 
-def describe() -> str:
-    """The report on this machine, whatever is wrong with it."""
-    machine = look()
+def describe(machine: Machine) -> str:
+    """The report on a machine, with what a run here may plan with, whatever is wrong."""
     try:
         room = str(budget())
     except Exception as error:  # as in `look`

@@ -774,7 +774,7 @@ del model, ids
 # And what `spark-ft doctor` says of the machine in front of you, with the traps that apply to it:
 
 # %%
-print(doctor.describe())
+print(doctor.describe(doctor.look()))
 
 # %% [markdown]
 # ## The real run
