@@ -215,7 +215,7 @@ def _accumulate(model, batch: Batch, loss: Loss, parts: int, accelerator: Accele
     for share in shares:
         if len(share):
             value, count = loss(model, {key: tensor[share].to(device) for key, tensor in batch.items()})
-            accelerator.backward(value)
+            value.backward()  # not accelerate's: it would divide by what the environment says
             total += torch.stack([value.detach().double(), total.new_tensor(float(count))])
     if processes > 1:
         total = accelerator.reduce(total, reduction="sum")
