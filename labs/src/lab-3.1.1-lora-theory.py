@@ -51,13 +51,13 @@ from spark_ft import (
     train,
 )
 from spark_ft.adapters import adapted_layers
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_1 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.common import held_out
 from spark_ft.lab.experiments.lab_3_1_1 import SETTINGS, tune_rank
-from spark_ft.embedded import EMBEDDED
-from spark_ft.files import ROOT
 from spark_ft.memory import measure
 from spark_ft.memory.plan import plan_step
 from spark_ft.stats import mean_interval, paired_difference

@@ -55,6 +55,8 @@ from spark_ft import (
     wilson_interval,
 )
 from spark_ft.adapters import adapted_layers
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_2 as checks
 from spark_ft.lab.experiments import agrees, load
@@ -62,8 +64,6 @@ from spark_ft.lab.experiments.common import TRAIN, VALIDATION, held_out
 from spark_ft.lab.experiments.lab_3_1_2 import SETTINGS, moved, tune_dora, watched_weights
 from spark_ft.memory.machine import measure
 from spark_ft.methods.dora import row_norm as package_row_norm
-from spark_ft.embedded import EMBEDDED
-from spark_ft.files import ROOT
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 train_rows = read_records(ROOT / TRAIN, "sft")

@@ -57,14 +57,14 @@ from spark_ft import (
     train,
     with_prompt,
 )
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_3 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments import lab_3_1_3 as experiment
 from spark_ft.methods.neftune import draws_noise
 from spark_ft.scoring import packed_row
-from spark_ft.embedded import EMBEDDED
-from spark_ft.files import ROOT
 
 model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
 model.cpu()

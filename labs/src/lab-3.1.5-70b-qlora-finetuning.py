@@ -52,7 +52,8 @@ from spark_ft import (
 )
 from spark_ft.embedded import EMBEDDED, embedded_folder
 from spark_ft.files import ROOT
-from spark_ft.lab import headline, plots, true_size as giant
+from spark_ft.lab import headline, plots
+from spark_ft.lab import true_size as giant
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.common import TRAIN, VALIDATION, held_out

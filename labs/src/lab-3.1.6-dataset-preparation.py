@@ -83,14 +83,14 @@ from spark_ft import (
 from spark_ft.data.batches import padded
 from spark_ft.data.cleaning import drop_leaked, drop_near_duplicates
 from spark_ft.data.judge import is_metric
+from spark_ft.embedded import EMBEDDED
+from spark_ft.files import ROOT
 from spark_ft.lab import headline, plots
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.common import held_out
 from spark_ft.lab.experiments.lab_3_1_6 import SETTINGS, draw, tune_drawn
 from spark_ft.lab.tokens import show_tokens
-from spark_ft.embedded import EMBEDDED
-from spark_ft.files import ROOT
 
 DATA = ROOT / "data"
 sharegpt = read_records(DATA / "kitchen_chats/train.jsonl", "sharegpt")

@@ -289,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     device, dtype = torch.device(options.device), torch.bfloat16 if options.device != "cpu" else torch.float32
     config = giant_config(options.layers, options.model)
     result = {
-        "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear layers, "
-        "AdamW, checkpointing, batch 1",
+        "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear "
+        "layers, AdamW, checkpointing, batch 1",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "device bytes": torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"
