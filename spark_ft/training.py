@@ -161,12 +161,12 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     first = len(history.losses)
     try:
         for step in _progress(range(first, config.steps), config, accelerator, history):
-            started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step)
             batch = batches(step)
             if not config.ignore_budget:
                 guard.check(batch)
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
             total, count = _accumulate(model, batch, loss, config.gradient_accumulation_steps, accelerator)
             if count == 0:
                 raise ValueError(
