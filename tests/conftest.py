@@ -5,6 +5,7 @@ from itertools import count
 from zlib import crc32
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -13,6 +14,8 @@ os.environ.setdefault("SPARK_FT_PROFILE", "laptop")
 
 
 def pytest_configure(config):
+    settings.register_profile("here", deadline=None)  # a machine that is busy is no failure
+    settings.load_profile("here")
     # pytest resets warning filters for each test, so its own setting has to hold this one;
     # importing spark_ft.lab filters bitsandbytes' log message.
     config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -30,11 +33,19 @@ def checks_draw_the_same_inputs_in_every_run(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def embedded():
+def tokenizer():
+    """The embedded model's, loaded once for all tests; leave it as you found it."""
+    from spark_ft.models import load_tokenizer
+
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def embedded(tokenizer):
     """(model, tokenizer): the embedded model, loaded once for all tests; leave it as you found it."""
     from spark_ft.models import load_model
 
-    return load_model()
+    return load_model()[0], tokenizer
 
 
 @pytest.fixture(scope="session")

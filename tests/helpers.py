@@ -11,19 +11,11 @@ from spark_ft.lab.checks import CheckFailed
 from spark_ft.scoring import use_packed_attention
 
 TINY_LLAMA = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.2,  # wide enough that a wrong mask or position shows in the outputs
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+}  # fmt: skip
 
 
 def tiny_llama(seed=0, packed=True, **changes):
@@ -37,70 +29,44 @@ def tiny_llama(seed=0, packed=True, **changes):
 
 
 TINY_MODEL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 SMALL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 TINY_GEMMA4 = {
-    "global_head_dim": 16,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
-    "num_kv_shared_layers": 0,
-    "final_logit_softcapping": 30.0,
-}
+    **SLIDING, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+TINY_GEMMA = {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}
 # What each kind of model needs beside TINY_MODEL; a kind that is not listed needs nothing.
 TINY_KINDS = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 0.0625, "sliding_window": 8},
     "falcon_h1": {
-        "lm_head_multiplier": 0.0195,
-        "mamba_d_ssm": 64,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 16,
-        "mamba_n_groups": 1,
-        "mamba_chunk_size": 8,
+        "lm_head_multiplier": 0.0195, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
     },
-    "gemma2": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
-    "gemma3_text": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
+    "gemma2": TINY_GEMMA,
+    "gemma3_text": TINY_GEMMA,
     "gemma4": {
-        "text_config": {**TINY_MODEL, **TINY_GEMMA4},
+        "text_config": {**TINY_MODEL, **TINY_GEMMA4}, "audio_config": None,
         "vision_config": {**TINY_MODEL, "num_hidden_layers": 1},
-        "audio_config": None,
     },
     "gemma4_text": TINY_GEMMA4,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {"rotary_pct": 0.25},
-    "gpt_oss": {
-        **SMALL_EXPERTS,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gpt_oss": {**SMALL_EXPERTS, **SLIDING},
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "granitemoe": {**SMALL_EXPERTS, "logits_scaling": 6.0},
     "hyperclovax": {"logits_scaling": 0.125},
     "jamba": {
-        "num_experts": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "use_mamba_kernels": False,
-        "mamba_d_state": 8,
+        "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8,
     },
     "llama4_text": {**SMALL_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
     "mamba": {"state_size": 8},
@@ -113,29 +79,19 @@ TINY_KINDS = {
     "phimoe": SMALL_EXPERTS,
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "decoder_sparse_step": 1,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
     "recurrent_gemma": {
-        "logits_soft_cap": 3.0,
-        "lru_width": 64,
-        "attention_window_size": 16,
+        "logits_soft_cap": 3.0, "lru_width": 64, "attention_window_size": 16,
         "block_types": ["recurrent", "attention"],
     },
     "xlstm": {
-        "output_logit_soft_cap": 3.0,
-        "num_blocks": 2,
-        "num_heads": 4,
-        "embedding_dim": 64,
-        "qk_dim_factor": 1.0,
-        "chunkwise_kernel": "chunkwise--native_autograd",
-        "sequence_kernel": "native_sequence__native",
-        "step_kernel": "native",
+        "output_logit_soft_cap": 3.0, "num_blocks": 2, "num_heads": 4, "embedding_dim": 64,
+        "qk_dim_factor": 1.0, "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native", "step_kernel": "native",
     },
-}
+}  # fmt: skip
 
 
 def tiny_model(kind, seed=0, dtype=torch.float32, **changes):
