@@ -29,17 +29,11 @@ from spark_ft.data.formats import sft_to_messages, sharegpt_to_messages, to_data
 from spark_ft.data.records import check_records, iter_records, read_records, write_records
 from spark_ft.files import ROOT
 from spark_ft.lab.parity import GENERATION_TEMPLATE, trl_marks
-from spark_ft.models import load_tokenizer
 
 ROW = {"prompt": "Soup of the day?", "completion": "Leek."}
 PAIR = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
 THUMB = {**ROW, "label": True}
 CHAT = {"messages": [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Leek."}]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 def write(path, *lines) -> str:
@@ -51,9 +45,19 @@ def without(row, field):
     return {key: value for key, value in row.items() if key != field}
 
 
+def turn(role, text, **more):
+    return {"role": role, "content": text, **more}
+
+
+def chat(*turns, **more):
+    return {"messages": list(turns), **more}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 # --- reading ---------------------------------------------------------------------------------------------
-
-
 GOOD = {
     "sft": ROW,
     "preference": PAIR,
@@ -74,9 +78,6 @@ def test_read_records_returns_the_rows_of_every_kind_with_their_extra_fields(tmp
 
 
 def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path):
-    def chat(*turns, **more):
-        return {"messages": list(turns), **more}
-
     user, bot = CHAT["messages"][0], {"role": "bot", "content": "a"}
     text, part = "must be a text, not", [{"type": "text", "text": "a"}]
     nothing = {"role": "assistant", "content": None}
@@ -169,33 +170,23 @@ def test_iter_records_reads_one_line_at_a_time(tmp_path):
 
 
 # --- rendering -------------------------------------------------------------------------------------------
-def turn(role, text, **more):
-    return {"role": role, "content": text, **more}
-
-
 def test_render_gives_the_ids_of_the_whole_conversation_up_to_its_last_end_of_turn(tokenizer):
     prompt, completion = render(ROW, tokenizer)
-    messages = [turn("user", ROW["prompt"]), turn("assistant", ROW["completion"])]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    turns = [turn("user", ROW["prompt"]), turn("assistant", ROW["completion"])]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
     head, end, after = text.rpartition("<|im_end|>")
     assert after == "\n", "the template changed: what follows the last turn was one newline"
     assert prompt + completion == tokenizer(head + end, add_special_tokens=False).input_ids
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(completion) == "Leek.<|im_end|>"
-    assert render({"messages": messages}, tokenizer) == (prompt, completion)
-
-
-def test_render_takes_the_last_answer_of_a_chat_as_the_completion(tokenizer):
-    turns = [*CHAT["messages"], turn("user", "And fish?"), turn("assistant", "Cod.")]
+    assert render({"messages": turns}, tokenizer) == (prompt, completion)
+    turns += [turn("user", "And fish?"), turn("assistant", "Cod.")]  # the last answer is the completion
     prompt, completion = render({"messages": turns}, tokenizer)
     assert tokenizer.decode(completion) == "Cod.<|im_end|>"
     assert prompt == tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
 
 
 def test_render_refuses_what_would_be_dropped_or_misread(tokenizer):
-    def chat(*turns, **more):
-        return {"messages": list(turns), **more}
-
     user, answer = CHAT["messages"]
     complains(*((render, (row, tokenizer), *parts) for row, *parts in [
         (chat(user), '"messages" must end with an answer by the assistant; add one'),
@@ -232,7 +223,7 @@ def test_a_template_that_fails_or_loses_a_text_is_refused(tokenizer):
         return PLAIN.replace("messages %}", f"messages if m.role != '{role}' %}}")
 
     system, thought = {**ROW, "system": "s"}, {**ROW, "completion": "<think>two\nand two</think> Leek."}
-    chat = {"messages": [*CHAT["messages"], turn("tool", "3"), CHAT["messages"][1]]}
+    tool = chat(*CHAT["messages"], turn("tool", "3"), CHAT["messages"][1])
     refuses, other = "the chat template refuses this conversation", "another chat_template"
     short = "(m.content[:4] if m.role == 'assistant' else m.content)"
     answer_last = "m.content.split('</think>')[-1]"
@@ -240,7 +231,7 @@ def test_a_template_that_fails_or_loses_a_text_is_refused(tokenizer):
         (thought, (PLAIN, answer_last), "the chat template leaves '<think>' out", other),
         (ROW, (PLAIN, short), "the chat template leaves 'Leek.' out", other),
         (system, (without_role("system"),), '"system": the chat template leaves it out or', other),
-        (chat, (without_role("tool"),), '"messages" at [2]: the chat template leaves it out', other),
+        (tool, (without_role("tool"),), '"messages" at [2]: the chat template leaves it out', other),
         (system, ("{{ raise_exception('No system') }}",), f'{refuses}: "No system"; change what it names'),
         (ROW, ("{{ messages[0].content + 3 }}",), refuses, other),
         (ROW, ("{% if %}",), refuses, other),
@@ -252,13 +243,13 @@ def test_a_template_that_fails_or_loses_a_text_is_refused(tokenizer):
 
 def test_a_template_may_trim_and_spell_and_open_the_answer(tokenizer):
     thought = {**ROW, "completion": " <think>\ntwo\n  and two\n</think>\n\nLeek."}
-    chat = {"messages": [*CHAT["messages"], {"role": "user", "content": 'A "1"?'}, CHAT["messages"][1]]}
+    quotes = chat(*CHAT["messages"], turn("user", 'A "1"?'), CHAT["messages"][1])
     trims = "m.content.replace('<think>\n', '<think>').replace('\n</think>\n\n', '</think>') | trim"
     opens = PLAIN.replace("assistant\n", "assistant\n<think>\n")
     cases = [
         (thought, PLAIN, trims, "<think>two\n  and two</think>Leek.<|im_end|>"),
         (thought, opens, "(m.content | trim)", "two\n  and two\n</think>\n\nLeek.<|im_end|>"),
-        (chat, PLAIN, "(m.content if m.role == 'assistant' else m.content | tojson)", "Leek.<|im_end|>"),
+        (quotes, PLAIN, "(m.content if m.role == 'assistant' else m.content | tojson)", "Leek.<|im_end|>"),
     ]
     for row, template, content, learned in cases:
         _, completion = render(row, with_template(tokenizer, template, content))
@@ -276,7 +267,6 @@ def test_system_and_tools_beside_the_turns_are_rendered(tokenizer):
 
 
 # --- collating -------------------------------------------------------------------------------------------
-
 # An answer that starts with white space is refused (above), so the first character is a visible one.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<|"), max_size=40)
 ANSWER = st.builds(lambda a, b: a + b, st.sampled_from("Aé{7½魚"), TEXT)
@@ -291,26 +281,21 @@ def unpad(batch):
         yield ids[mask.bool() & ~learned].tolist(), ids[learned].tolist()
 
 
-@settings(deadline=None, max_examples=60)
 @given(rows=ROWS)
 def test_collate_sft_unpads_to_the_rendered_rows(tokenizer, rows):
     batch = collate_sft(rows, tokenizer)
     rendered = [render(row, tokenizer) for row in rows]
     assert list(unpad(batch)) == rendered
+    width = max(len(p) + len(c) for p, c in rendered)
     for b, (prompt, completion) in enumerate(rendered):
         end = len(prompt) + len(completion)
-        assert batch["labels"][b].tolist() == (
-            [IGNORE] * len(prompt) + completion + [IGNORE] * (batch["labels"].shape[1] - end)
-        )
-        assert batch["attention_mask"][b].tolist() == [1] * end + [0] * (batch["labels"].shape[1] - end)
-        assert completion[-1] == tokenizer.eos_token_id, (
-            "the end of the turn must be learned, though pad has its id"
-        )
-    assert batch["input_ids"].shape[1] == max(len(p) + len(c) for p, c in rendered)
+        labels = [IGNORE] * len(prompt) + completion + [IGNORE] * (width - end)
+        assert batch["labels"][b].tolist() == labels
+        assert batch["attention_mask"][b].tolist() == [1] * end + [0] * (width - end)
+        assert completion[-1] == tokenizer.eos_token_id, "the end is learned, though pad has its id"
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-@settings(deadline=None, max_examples=60)
 @given(rows=ROWS, spare=st.integers(1, 80))
 def test_truncation_keeps_the_completion_and_the_end_of_the_prompt(tokenizer, rows, spare):
     rendered = [render(row, tokenizer) for row in rows]
@@ -323,17 +308,13 @@ def test_truncation_keeps_the_completion_and_the_end_of_the_prompt(tokenizer, ro
         assert len(kept_prompt) + len(completion) <= max_length
 
 
-def test_a_completion_that_does_not_fit_is_refused_with_the_length_it_needs(tokenizer):
-    need = len(render(ROW, tokenizer)[1]) + 1
-    assert collate_sft([ROW], tokenizer, max_length=need)["input_ids"].shape == (1, need)
-    rows, told = [{**ROW, "completion": "A"}, ROW], f"raise it to {need} or more"
-    complains((collate_sft, (rows, tokenizer, need - 1), "row 1: a completion of", told))
-
-
-def test_rows_that_never_were_in_a_file_are_checked_too(tokenizer):
+def test_rows_that_do_not_fit_or_never_were_in_a_file_are_refused_too(tokenizer):
     question = {"messages": CHAT["messages"][:1]}
     missing, none = 'row 1: "prompt" is missing; a row of kind', "an empty data set: no rows to train on"
+    need, rows = len(render(ROW, tokenizer)[1]) + 1, [{**ROW, "completion": "A"}, ROW]
+    assert collate_sft([ROW], tokenizer, max_length=need)["input_ids"].shape == (1, need)
     complains(
+        (collate_sft, (rows, tokenizer, need - 1), "row 1: a completion of", f"raise it to {need} or more"),
         (collate_sft, ([ROW, question], tokenizer), 'row 1: "messages" must end with'),
         (collate_sft, ([ROW, without(ROW, "completion")], tokenizer), 'row 1: "completion" is missing'),
         (sft_batches, ([{**ROW, "prompt": None}], tokenizer, 1), 'row 0: "prompt" must be a text, not null'),
@@ -355,7 +336,7 @@ def answers(batch, tokenizer):
     return [int(tokenizer.decode(completion[:-1])) for _, completion in unpad(batch)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(count=st.integers(1, 13), batch_size=st.integers(1, 9), seed=st.integers(0, 5))
 def test_sft_batches_visits_every_row_once_an_epoch(tokenizer, count, batch_size, seed):
     batches = sft_batches(numbered(count), tokenizer, batch_size, seed)
@@ -365,35 +346,24 @@ def test_sft_batches_visits_every_row_once_an_epoch(tokenizer, count, batch_size
         assert sorted(stream[start : start + count]) == list(range(count)), "an epoch must hold each row once"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(steps=st.lists(st.integers(0, 400), min_size=1, max_size=6), seed=st.integers(0, 5))
 def test_sft_batches_is_a_function_of_seed_and_step_alone(tokenizer, steps, seed):
     rows = numbered(11)
     asked_in_this_order = sft_batches(rows, tokenizer, 4, seed)
-    torch.manual_seed(steps[0])  # the global generator must play no part
     for step in steps:
-        torch.rand(1)
-        fresh = sft_batches(rows, tokenizer, 4, seed)(step)
-        for name, tensor in asked_in_this_order(step).items():
-            assert torch.equal(tensor, fresh[name]), f"step {step} depends on what was asked before it"
+        torch.rand(1)  # the global generator must play no part
+        assert same(asked_in_this_order(step), sft_batches(rows, tokenizer, 4, seed)(step)), step
 
 
-def test_sft_batches_shuffles_by_seed_and_by_epoch_and_equals_collating(tokenizer):
-    rows = numbered(12)
-    first, other = (sft_batches(rows, tokenizer, 12, seed) for seed in (0, 1))
+def test_sft_batches_shuffles_by_seed_and_by_epoch_and_tokenizes_each_row_once(tokenizer):
+    rows, calls = numbered(12), []
+    learn = lambda row, tok: calls.append(row) or last_answer(row, tok)  # noqa: E731
+    first, other = (sft_batches(rows, tokenizer, 12, seed, learn=learn) for seed in (0, 1))
     orders = [answers(first(0), tokenizer), answers(first(1), tokenizer), answers(other(0), tokenizer)]
     assert len({tuple(order) for order in [*orders, range(12)]}) == 4
-    batch = sft_batches(rows, tokenizer, 5)(1)
-    assert same(batch, collate_sft([rows[i] for i in answers(batch, tokenizer)], tokenizer))
-
-
-def test_sft_batches_tokenizes_each_row_once_and_before_the_first_step(tokenizer):
-    calls = []
-    learn = lambda row, tok: calls.append(row) or last_answer(row, tok)  # noqa: E731
-    batches = sft_batches(numbered(6), tokenizer, 3, learn=learn)
-    for step in range(6):
-        batches(step)
-    assert calls == numbered(6)
+    assert calls == rows * 2
+    assert same(first(1), collate_sft([rows[i] for i in orders[1]], tokenizer))
 
 
 # --- control tokens --------------------------------------------------------------------------------------
@@ -402,10 +372,9 @@ def test_a_control_token_inside_a_text_is_refused_with_its_place(tokenizer):
     render(ROW, added)  # before the token is there
     added.add_tokens([AddedToken("<|start_header_id|>", special=True), AddedToken("<think>")])
     end, found = "Soup?<|im_end|>\nassistant", "holds the control token"
-    chat = {"messages": [turn("user", end), CHAT["messages"][1]]}
     complains(
         (render, ({**ROW, "prompt": "x<|start_header_id|>y"}, added), "'<|start_header_id|>'; take it out"),
-        (render, (chat, tokenizer), f'"messages" at [0] {found}'),
+        (render, (chat(turn("user", end), CHAT["messages"][1]), tokenizer), f'"messages" at [0] {found}'),
         (render, ({**ROW, "system": end}, tokenizer), f'"system" {found}'),
         (render, ({**ROW, "tools": [{"type": end}]}, tokenizer), f'"tools" {found}'),
         (collate_preferences, ([PAIR, {**PAIR, "rejected": end}], tokenizer), f'row 1: "rejected" {found}'),
@@ -439,11 +408,9 @@ def test_the_template_with_generation_marks_renders_the_same_text(tokenizer, cha
     system = [turn("system", "Be brief."), *CHAT["messages"]]
     for messages in (*(chat["messages"] for chat in chats), system, CHAT["messages"][:1]):
         for prompting in (False, True):
-            plain, same = (
-                some.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
-                for some in (tokenizer, marked)
-            )
-            assert plain == same
+            how = {"tokenize": False, "add_generation_prompt": prompting}
+            texts = {each.apply_chat_template(messages, **how) for each in (marked, tokenizer)}
+            assert len(texts) == 1
 
 
 def test_what_is_learned_equals_trls_marks(tokenizer, chats):
@@ -464,15 +431,12 @@ def test_what_is_learned_equals_trls_marks(tokenizer, chats):
     assert list(ours(chats, tokenizer, last_answer)) == trl_marks(texts, tokenizer, completion_only=True)
 
 
-def test_all_answers_of_one_answer_is_the_last_answer(tokenizer):
-    assert all_answers(ROW, tokenizer) == last_answer(sft_to_messages(ROW), tokenizer)
-
-
 def test_all_answers_refuses_a_template_that_rewrites_earlier_answers(tokenizer, chats):
     rewritten = "(m.content if loop.last or m.role != 'assistant' else m.content.split(' ')[-1])"
     forgetful = with_template(tokenizer, PLAIN, rewritten)
     collate_sft(chats, forgetful, 4096)  # the last answers are whole
     complains((collate_sft, (chats, forgetful, 4096, all_answers), "changes this answer", "learn the last"))
+    assert all_answers(ROW, tokenizer) == last_answer(sft_to_messages(ROW), tokenizer)
 
 
 def test_an_answer_of_weight_0_is_not_learned(tokenizer):
@@ -509,9 +473,7 @@ def test_what_truncation_cuts_is_counted_and_told_and_the_first_token_stays(toke
     pairs = [{"prompt": row["prompt"], "chosen": "A", "rejected": row["completion"], **row} for row in rows]
     thumbs = [{**row, "label": True} for row in rows]
     longest = len(last_answer(rows[3], begun)[0])
-    told = (
-        f"3 of 4 rows lost the start of .*, 1 of them a system turn; raise max_length from 30 to {longest} to"
-    )
+    told = f"3 of 4 rows lost the start of .*, 1 of them a system turn; raise max_length from 30 to {longest}"
     first = begun.convert_tokens_to_ids("<|endoftext|>")
     for collate, batches, records, side in (
         (collate_sft, sft_batches, rows, None),
@@ -538,11 +500,6 @@ PAIR_ROW = st.fixed_dictionaries({"prompt": QUESTION, "chosen": ANSWER, "rejecte
 PAIRS = st.lists(PAIR_ROW.filter(lambda row: row["chosen"] != row["rejected"]), min_size=1, max_size=4)
 
 
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@settings(deadline=None, max_examples=40)
 @given(rows=PAIRS)
 def test_a_side_of_a_pair_with_its_prompt_is_what_collate_sft_makes(tokenizer, rows):
     batch = collate_preferences(rows, tokenizer)
