@@ -19,47 +19,21 @@ from datasketch import MinHash, MinHashLSH
 from spark_ft.data.formats import sharegpt_to_messages
 from spark_ft.data.judge import IMPERIAL, METRIC, is_metric
 from spark_ft.data.records import read_records
-from spark_ft.models import load_tokenizer
 from spark_ft.stats import wilson_interval
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("kitchen_preferences", "kitchen_feedback", "kitchen_chats", "messy")
-GENERATED = ("kitchen_preferences", "kitchen_feedback", "messy")
+GENERATED = ("kitchen_tickets", "kitchen_preferences", "kitchen_feedback", "messy")
 NEAR = 0.7  # word trigrams shared, |A∩B| / |A∪B|, from which two texts count as near duplicates
+
+pairs = {s: read_records(DATA / f"kitchen_preferences/{s}.jsonl", "preference") for s in ("train", "test")}
+feedback = read_records(DATA / "kitchen_feedback/train.jsonl", "feedback")
+chats = [row["conversations"] for row in read_records(DATA / "kitchen_chats/train.jsonl", "sharegpt")]
+messy = read_records(DATA / "messy/train.jsonl", "sft")
+faults = json.loads((DATA / "messy/faults.json").read_text())
 
 sys.path.insert(0, str(DATA / "kitchen_preferences"))
 import cores  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def pairs() -> dict[str, list[dict]]:
-    folder = DATA / "kitchen_preferences"
-    return {split: read_records(folder / f"{split}.jsonl", "preference") for split in ("train", "test")}
-
-
-@pytest.fixture(scope="module")
-def feedback() -> list[dict]:
-    return read_records(DATA / "kitchen_feedback/train.jsonl", "feedback")
-
-
-@pytest.fixture(scope="module")
-def chats() -> list[list[dict]]:
-    return [row["conversations"] for row in read_records(DATA / "kitchen_chats/train.jsonl", "sharegpt")]
-
-
-@pytest.fixture(scope="module")
-def messy() -> list[dict]:
-    return read_records(DATA / "messy/train.jsonl", "sft")
-
-
-@pytest.fixture(scope="module")
-def faults() -> dict[str, str]:
-    return json.loads((DATA / "messy/faults.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 # --- cards and generators ---------------------------------------------------------------------------
@@ -75,33 +49,43 @@ def test_the_card_states_the_hash_of_every_file():
         assert "Apache-2.0" in card
 
 
-def test_the_preference_card_shows_a_row_of_the_set(pairs):
+def test_the_preference_card_shows_a_row_of_the_set():
     card = (DATA / "kitchen_preferences/README.md").read_text(encoding="utf-8")
     assert any(f"| {row['chosen']} | {row['rejected']} |" in card for row in pairs["train"])
-
-
-def run(folder: Path, *arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(folder / "generate.py"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}
-    )
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_generator_reproduces_its_files_and_notices_a_change(name, tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "measurements")
-    data = shutil.copytree(DATA, tmp_path / "data", ignore=ignored)
-    made = [path for path in sorted((data / name).iterdir()) if path.suffix in (".jsonl", ".json")]
-    before = {path: path.read_bytes() for path in made}
-    for path in made:
-        path.unlink()
-    assert run(data / name, "--check").returncode == 1
+    folder = shutil.copytree(DATA, tmp_path / "data", ignore=ignored) / name
+
+    def files():
+        return {p: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".jsonl", ".json")}
+
+    def run(*arguments, hash_seed="0"):
+        command = [sys.executable, str(folder / "generate.py"), *arguments]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    before, beside = files(), len([*folder.iterdir()])
     for hash_seed in ("1", "77"):
-        assert run(data / name, hash_seed=hash_seed).returncode == 0
-        assert {path: path.read_bytes() for path in made} == before
-    assert run(data / name, "--check").returncode == 0
-    made[-1].write_bytes(made[-1].read_bytes().replace(b"the", b"teh", 1))
-    assert made[-1].name in run(data / name, "--check").stderr
+        for path in before:
+            path.unlink()
+        assert run("--check").returncode == 1
+        assert files() == {}, "a check writes nothing"
+        assert run(hash_seed=hash_seed).returncode == 0
+        assert files() == before
+        assert len([*folder.iterdir()]) == beside, "nothing else is written"
+    assert run("--check").returncode == 0
+    *others, last = before
+    last.write_bytes(changed := before[last].replace(b"e", b"E", 1))
+    for path in others:
+        path.unlink()
+    told = run("--check")
+    assert told.returncode == 1
+    assert all(path.name in told.stderr for path in before)
+    assert "not what generate.py makes; run it without --check" in told.stderr
+    assert files() == {last: changed}
 
 
 def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_plan():
@@ -112,7 +96,7 @@ def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_
 
 
 # --- kitchen_preferences ----------------------------------------------------------------------------
-def test_the_pairs_are_as_many_as_the_card_says(pairs):
+def test_the_pairs_are_as_many_as_the_card_says():
     assert {split: len(rows) for split, rows in pairs.items()} == {"train": 300, "test": 100}
     names = {split: {row["core"] for row in rows} for split, rows in pairs.items()}
     assert len(names["train"]) == 100
@@ -123,7 +107,7 @@ def test_the_pairs_are_as_many_as_the_card_says(pairs):
         assert len({row["chosen"] for row in rows}) == len(rows)
 
 
-def test_chosen_is_metric_rejected_imperial_in_two_wordings_and_the_prompt_names_no_unit(pairs):
+def test_chosen_is_metric_rejected_imperial_in_two_wordings_and_the_prompt_names_no_unit():
     for row in pairs["train"] + pairs["test"]:
         assert is_metric(row["chosen"]), row["chosen"]
         assert IMPERIAL.search(row["rejected"]), row["rejected"]
@@ -135,7 +119,7 @@ def test_chosen_is_metric_rejected_imperial_in_two_wordings_and_the_prompt_names
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_answer_written_for_a_question_is_chosen_as_often_as_rejected(pairs, split):
+def test_the_answer_written_for_a_question_is_chosen_as_often_as_rejected(split):
     cored = cores.read_cores(split)
     written = {question: core.answers[i] for core in cored for i, question in enumerate(core.questions)}
 
@@ -244,7 +228,7 @@ def at_chance(right: float, count: int) -> bool:
 
 @pytest.mark.parametrize("unit", ["characters", "tokens"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_chosen_and_rejected_are_equally_long(pairs, split, unit, tokenizer):
+def test_chosen_and_rejected_are_equally_long(split, unit, tokenizer):
     sizes = lengths(pairs[split], tokenizer if unit == "tokens" else None)
     assert 0.95 <= (sizes[:, 0] / sizes[:, 1]).mean() <= 1.05
     assert 0.95 <= sizes[:, 0].sum() / sizes[:, 1].sum() <= 1.05
@@ -255,7 +239,7 @@ def test_chosen_and_rejected_are_equally_long(pairs, split, unit, tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["characters", "tokens"])
-def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer):
+def test_a_classifier_that_sees_only_lengths_is_at_chance(unit, tokenizer):
     unit_tokenizer = tokenizer if unit == "tokens" else None
     train, test = lengths(pairs["train"], unit_tokenizer), lengths(pairs["test"], unit_tokenizer)
     right = hits(fit(train), test)
@@ -268,37 +252,32 @@ def test_a_classifier_that_sees_only_lengths_is_at_chance(pairs, unit, tokenizer
     assert at_chance(right, len(train)), right
 
 
-def test_that_classifier_does_find_a_length_bias(pairs):
+def test_that_classifier_does_find_a_length_bias():
     """The control: where most of the shorter chosen are left out, it must do better than chance."""
 
-    def biased(rows: list[dict]) -> np.ndarray:
-        return lengths(
-            [row for i, row in enumerate(rows) if len(row["chosen"]) > len(row["rejected"]) or i % 4 == 0]
-        )
-
-    train, test = biased(pairs["train"]), biased(pairs["test"])
+    train, test = (lengths(pairs[split]) for split in ("train", "test"))
+    train, test = (x[(x[:, 0] > x[:, 1]) | (np.arange(len(x)) % 4 == 0)] for x in (train, test))
     assert not at_chance(hits(fit(train), test), len(test))
 
 
 # --- kitchen_feedback -------------------------------------------------------------------------------
-def test_thumbs_are_three_up_to_one_down_and_follow_the_judge(feedback):
+def test_thumbs_are_three_up_to_one_down_and_follow_the_judge():
     assert Counter(row["label"] for row in feedback) == {True: 300, False: 100}
     assert all(is_metric(row["completion"]) == row["label"] for row in feedback)
     assert len({(row["prompt"], row["completion"]) for row in feedback}) == 400
 
 
-def test_feedback_repeats_no_half_of_a_pair_and_no_test_prompt(feedback, pairs):
+def test_feedback_repeats_no_half_of_a_pair_and_no_test_prompt():
     halves = {(row["prompt"], row[key]) for row in pairs["train"] for key in ("chosen", "rejected")}
     assert not halves & {(row["prompt"], row["completion"]) for row in feedback}
     assert not {row["prompt"] for row in pairs["test"]} & {row["prompt"] for row in feedback}
 
 
 @pytest.mark.parametrize("unit", ["characters", "tokens"])
-def test_thumbs_up_and_down_are_equally_long(feedback, unit, tokenizer):
+def test_thumbs_up_and_down_are_equally_long(unit, tokenizer):
     size = (lambda text: len(tokenizer(text)["input_ids"])) if unit == "tokens" else len
-    up, down = (
-        [size(row["completion"]) for row in feedback if row["label"] is label] for label in (True, False)
-    )
+    thumbs = [(size(row["completion"]), row["label"]) for row in feedback]
+    up, down = ([length for length, label in thumbs if label is it] for it in (True, False))
     assert 0.95 <= mean(up) / mean(down) <= 1.05
     wins = mean((a > b) + (a == b) / 2 for a in up for b in down)  # the area under the ROC curve
     error = (wins * (1 - wins) / len(down)) ** 0.5  # the smaller class bounds what is known
@@ -306,7 +285,7 @@ def test_thumbs_up_and_down_are_equally_long(feedback, unit, tokenizer):
 
 
 # --- kitchen_chats ----------------------------------------------------------------------------------
-def test_chats_are_sharegpt(chats):
+def test_chats_are_sharegpt():
     assert len(chats) == 40
     assert len({json.dumps(chat) for chat in chats}) == 40
     for chat in chats:
@@ -319,27 +298,22 @@ def test_chats_are_sharegpt(chats):
     assert {sum(turn["from"] == "gpt" for turn in chat) for chat in chats} == {2, 3, 4, 5}
 
 
-def test_chats_hold_what_stresses_a_converter(chats):
+def test_chats_hold_what_stresses_a_converter():
     text = "\n".join(turn["value"] for chat in chats for turn in chat)
     for sample in ("½", "°C", "è", "🥞", "```python\n", "\n    ", "\n|---|", "{{ title }}", "«", "€"):
         assert sample in text, sample
     assert "<|im_" not in text  # the template's own marks would be taken for its own
 
 
-def test_chats_render_through_the_template(chats, tokenizer):
+def test_chats_render_through_the_template(tokenizer):
     for chat in chats:
-        text = tokenizer.apply_chat_template(
-            sharegpt_to_messages({"conversations": chat})["messages"], tokenize=False
-        )
+        messages = sharegpt_to_messages({"conversations": chat})["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert all(turn["value"] in text for turn in chat)
 
 
 # --- messy ------------------------------------------------------------------------------------------
-def text_of(row: dict) -> str:
-    return f"{row['prompt']} {row['completion']}"
-
-
-def test_faults_are_listed_for_rows_that_exist(messy, faults):
+def test_faults_are_listed_for_rows_that_exist():
     assert [row["id"] for row in messy] == [f"m{i:03}" for i in range(1, 301)]
     assert set(faults) <= {row["id"] for row in messy}
     assert Counter(faults.values()) == {
@@ -348,7 +322,7 @@ def test_faults_are_listed_for_rows_that_exist(messy, faults):
     }  # fmt: skip
 
 
-def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different(messy, faults):
+def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different():
     seen: dict[str, set] = {}
     for row in messy:
         kind, grams = faults.get(row["id"]), trigrams(text_of(row))
@@ -365,10 +339,9 @@ def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different(mes
             seen[row["id"]] = grams
 
 
-def test_leaked_rows_are_test_rows_and_no_other_row_is_near_one(messy, faults):
+def test_leaked_rows_are_test_rows_and_no_other_row_is_near_one():
     held_out = list(map(text_of, read_records(DATA / "kitchen_tickets/test.jsonl", "sft")))
-    pairs = read_records(DATA / "kitchen_preferences/test.jsonl", "preference")
-    held_out += [row["prompt"] + " " + row["chosen"] for row in pairs]
+    held_out += [row["prompt"] + " " + row["chosen"] for row in pairs["test"]]
     grams = [trigrams(text) for text in held_out]
     equal = 0
     for row in messy:
@@ -395,7 +368,7 @@ def undecoded(text: str) -> bool:
         return False
 
 
-def test_each_kind_of_damage_is_there_and_only_there(messy, faults):
+def test_each_kind_of_damage_is_there_and_only_there():
     for row in messy:
         kind, answer = faults.get(row["id"]), row["completion"]
         looped = re.search(r"(\b.{3,80}?)\1{4,}", answer, flags=re.S) is not None
@@ -412,7 +385,7 @@ def test_each_kind_of_damage_is_there_and_only_there(messy, faults):
             assert not looped or "\n" in answer or "chill" in answer, row
 
 
-def test_clean_rows_hold_what_a_careless_clean_up_destroys(messy, faults):
+def test_clean_rows_hold_what_a_careless_clean_up_destroys():
     clean = [row["completion"] for row in messy if row["id"] not in faults]
     assert len(clean) == 218
     assert sum("```" in answer for answer in clean) >= 15
@@ -426,6 +399,10 @@ def test_clean_rows_hold_what_a_careless_clean_up_destroys(messy, faults):
 
 
 # --- no test row is near a train row, in any set ----------------------------------------------------
+def text_of(row: dict) -> str:
+    return f"{row['prompt']} {row['completion']}"
+
+
 def trigrams(text: str) -> set[str]:
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))}
@@ -454,13 +431,12 @@ def near_pairs(left: list[str], right: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def test_no_test_row_of_any_set_is_near_a_train_row_of_any_set(pairs, feedback, chats, messy, faults):
+def test_no_test_row_of_any_set_is_near_a_train_row_of_any_set():
     test = [f"{row['prompt']} {row[key]}" for row in pairs["test"] for key in ("chosen", "rejected")]
     test += [row["prompt"] for row in pairs["test"]]
-    tickets = {
-        split: [row["prompt"] for row in read_records(DATA / f"kitchen_tickets/{split}.jsonl", "sft")]
-        for split in ("train", "validation", "test")
-    }
+    splits = ("train", "validation", "test")
+    rows = {split: read_records(DATA / f"kitchen_tickets/{split}.jsonl", "sft") for split in splits}
+    tickets = {split: [row["prompt"] for row in rows[split]] for split in splits}
     test += tickets["test"]
     train = [f"{row['prompt']} {row[key]}" for row in pairs["train"] for key in ("chosen", "rejected")]
     train += [row["prompt"] for row in pairs["train"]]
