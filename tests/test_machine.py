@@ -9,21 +9,24 @@ from spark_ft.memory import machine
 from spark_ft.memory.machine import GIB, MemoryBudget, budget, measure
 from spark_ft.memory.tracker import Tracker
 
+
 # --- what the machine has -----------------------------------------------------------------------------------
-
-
 def system(monkeypatch, total, available):
-    monkeypatch.setattr(
-        machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=available)
-    )
+    memory = SimpleNamespace(total=total, available=available)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
+
+
+def unknown(error):
+    def raises(*_):
+        raise error
+
+    return raises
 
 
 def gpu(monkeypatch, integrated, total, free, cached=0):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    properties = SimpleNamespace(
-        name="a name that says nothing", is_integrated=integrated, total_memory=total
-    )
+    properties = SimpleNamespace(name="says nothing", is_integrated=integrated, total_memory=total)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: cached + 1000)
@@ -44,27 +47,18 @@ def container(monkeypatch, tmp_path):
     return write
 
 
-def version_2(folder, limit, used, cache):
+def limited(folder, limit, used, cache):
+    """The files of a control group, version 2, with inactive pages of the file cache."""
     stat = f"anon 5\ninactive_file {cache}\nactive_file 7\n"
     return {f"{folder}/memory.max": limit, f"{folder}/memory.current": used, f"{folder}/memory.stat": stat}
-
-
-def version_1(folder, limit, used, cache):
-    stat = f"inactive_file 1\ntotal_inactive_file {cache}\n"
-    return {
-        f"{folder}/memory.limit_in_bytes": limit,
-        f"{folder}/memory.usage_in_bytes": used,
-        f"{folder}/memory.stat": stat,
-    }
 
 
 def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monkeypatch, container):
     # after a 60 GB file was written: MemFree, and so CUDA's free, 41.5 GiB; MemAvailable 115.7
     gpu(monkeypatch, True, round(119.7 * GIB), round(41.5 * GIB))
     system(monkeypatch, round(119.7 * GIB), round(115.7 * GIB))
-    container(
-        {"proc/self/cgroup": "0::/\n", **version_2("sys/fs/cgroup", 10 * GIB, GIB, 0)}
-    )  # holds no CUDA memory
+    group = {"proc/self/cgroup": "0::/\n", **limited("sys/fs/cgroup", 10 * GIB, GIB, 0)}
+    container(group)  # which holds no CUDA memory
     room = budget()
     assert (room.device, room.unified) == ("cuda:0", True)
     assert room.free == round(115.7 * GIB)
@@ -76,9 +70,7 @@ def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monke
 
 def test_a_unified_gpu_that_cannot_tell_its_memory_goes_by_the_system(monkeypatch):
     gpu(monkeypatch, True, 0, 0)
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported"))
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", unknown(RuntimeError("not supported")))
     system(monkeypatch, 120 * GIB, 100 * GIB)
     assert budget().available == 92 * GIB
 
@@ -87,84 +79,57 @@ def test_a_discrete_card_goes_by_the_driver_and_by_what_torch_has_cached(monkeyp
     gpu(monkeypatch, False, 80 * GIB, 70 * GIB, cached=3 * GIB)
     system(monkeypatch, 500 * GIB, 400 * GIB)
     room = budget("cuda")
-    assert (room.unified, room.total, room.free, room.available) == (
-        False,
-        80 * GIB,
-        73 * GIB,
-        73 * GIB - GIB // 2,
-    )
+    assert room == MemoryBudget("cuda:0", False, 80 * GIB, 73 * GIB, GIB // 2)
+    assert room.available == 73 * GIB - GIB // 2
     assert budget("cuda:0", reserve=0).available == 73 * GIB
 
 
-def test_a_processor_goes_by_what_the_kernel_calls_available(monkeypatch, container):
+def test_a_processor_goes_by_what_is_available_and_more_in_reserve_leaves_nothing(monkeypatch, container):
     system(monkeypatch, 16 * GIB, 10 * GIB)
     container({})
     assert budget("cpu") == MemoryBudget("cpu", False, 16 * GIB, 10 * GIB, GIB // 2)
+    assert budget("cpu", reserve=11 * GIB).available == 0
+
+
+LIMITED = (8 * GIB, 5 * GIB, 2 * GIB)  # 5 used, 2 of them page cache that goes when room is needed
+VERSION_1 = {
+    "sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes": LIMITED[0],
+    "sys/fs/cgroup/memory/docker/1/memory.usage_in_bytes": LIMITED[1],
+    "sys/fs/cgroup/memory/docker/1/memory.stat": f"inactive_file 1\ntotal_inactive_file {LIMITED[2]}\n",
+}
+UNLIMITED = limited("sys/fs/cgroup/a/b", "max", 4 * GIB, 0)
 
 
 @pytest.mark.parametrize(
     ("cgroup", "files"),
     [
-        ("0::/\n", version_2("sys/fs/cgroup", 8 * GIB, 5 * GIB, 2 * GIB)),
-        (
-            "0::/user/me\n",
-            version_2("sys/fs/cgroup/user", 8 * GIB, 5 * GIB, 2 * GIB),
-        ),  # a parent's limit holds
-        (
-            "0::/host/path\n",
-            version_2("sys/fs/cgroup", 8 * GIB, 5 * GIB, 2 * GIB),
-        ),  # the path outside is not here
-        (
-            "12:cpu:/x\n4:memory:/docker/1\n0::/\n",
-            version_1("sys/fs/cgroup/memory/docker/1", 8 * GIB, 5 * GIB, 2 * GIB),
-        ),
-        (
-            "0::/a/b\n",
-            version_2("sys/fs/cgroup/a", 8 * GIB, 5 * GIB, 2 * GIB)
-            | version_2("sys/fs/cgroup/a/b", "max", 4 * GIB, 0),
-        ),
+        ("0::/\n", limited("sys/fs/cgroup", *LIMITED)),
+        ("0::/user/me\n", limited("sys/fs/cgroup/user", *LIMITED)),  # a parent's limit holds
+        ("0::/host/path\n", limited("sys/fs/cgroup", *LIMITED)),  # the path outside is not here
+        ("12:cpu:/x\n4:memory:/docker/1\n0::/\n", VERSION_1),
+        ("0::/a/b\n", limited("sys/fs/cgroup/a", *LIMITED) | UNLIMITED),
     ],
-    ids=["v2", "parent", "other path", "v1", "no limit below"],
 )
 def test_a_container_has_the_room_under_its_limit(monkeypatch, container, cgroup, files):
-    system(monkeypatch, 64 * GIB, 60 * GIB)
     container({"proc/self/cgroup": cgroup, **files})
-    room = budget("cpu")
-    assert (room.total, room.free) == (
-        8 * GIB,
-        5 * GIB,
-    )  # 8 − 5, and 2 of page cache that goes when room is needed
-
-
-def test_the_machine_may_have_less_than_the_container_may_take(monkeypatch, container):
-    system(monkeypatch, 4 * GIB, 3 * GIB)
-    container({"proc/self/cgroup": "0::/\n", **version_2("sys/fs/cgroup", 8 * GIB, GIB, 0)})
-    assert (budget("cpu").total, budget("cpu").free) == (4 * GIB, 3 * GIB)
+    for (total, available), expected in (((64, 60), (8, 5)), ((4, 3), (4, 3))):  # the machine may have less
+        system(monkeypatch, total * GIB, available * GIB)
+        assert (budget("cpu").total, budget("cpu").free) == tuple(n * GIB for n in expected)
 
 
 def test_what_is_unknown_is_unknown(monkeypatch, container):
     container({})
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: (_ for _ in ()).throw(OSError("no /proc")))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", unknown(OSError("no /proc")))
     room = budget("cpu")
     assert (room.total, room.free, room.available) == (None, None, None)
     assert "an unknown amount available" in str(room)
     gpu(monkeypatch, False, 0, 0)
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda _: (_ for _ in ()).throw(RuntimeError("not supported"))
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", unknown(RuntimeError("not supported")))
     assert budget("cuda").available is None
     assert budget("mps").available is None
 
 
-def test_more_in_reserve_than_is_free_leaves_nothing_not_less(monkeypatch, container):
-    container({})
-    system(monkeypatch, GIB, GIB)
-    assert budget("cpu", reserve=2 * GIB).available == 0
-
-
 # --- what a block took --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("process", [False, True])
 def test_measure_sees_memory_that_is_gone_again(process):
     with measure("cpu", process) as quiet:
