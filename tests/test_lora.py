@@ -153,11 +153,9 @@ def test_merging_twice_is_once_and_disabling_gives_the_base_back(kind, dtype):
 
 
 def test_a_rank_or_a_dropout_that_does_not_fit_is_refused():
-    for options in ({"rank": 0}, {"rank": -1}, {"rank": 17}):
-        with pytest.raises(
-            ValueError, match=r"rank=\S+ does not fit a 24×16 layer; choose a rank from 1 to 16"
-        ):
-            LoRALinear(nn.Linear(16, 24), **options)
+    for rank in (0, -1, 17):
+        with pytest.raises(ValueError, match=f"rank={rank} does not fit a 24×16 layer; choose .* 1 to 16"):
+            LoRALinear(nn.Linear(16, 24), rank)
     for dropout in (-0.1, 1.0, 2, math.nan):
         with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability below 1"):
             LoRALinear(nn.Linear(16, 24), rank=2, dropout=dropout)
@@ -183,11 +181,7 @@ FORWARD = r"its forward is not nn.Linear's x Wᵀ \+ b; choose targets without i
         ("FP8Linear", r"its weight \(torch.float8_e4m3fn\)", lambda: made(FP8, "FP8Linear", block_size=None)),
         ("Linear8bitLt", WEIGHT, lambda: made("bitsandbytes.nn", "Linear8bitLt", has_fp16_weights=False)),
         ("Linear4bit", WEIGHT, lambda: made("bitsandbytes.nn", "Linear4bit")),
-        (
-            "Linear4bit",
-            r"its weight \(torch.uint8\)",
-            lambda: made("bitsandbytes.nn", "Linear4bit").to("cpu"),
-        ),
+        ("Linear4bit", r".*\(torch.uint8\)", lambda: made("bitsandbytes.nn", "Linear4bit").to("cpu")),
         ("ParametrizedLinear", WEIGHT, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
         ("LazyLinear", WEIGHT, lambda: nn.LazyLinear(8)),
         ("Conv1D", FORWARD, lambda: made("transformers.pytorch_utils", "Conv1D")),
