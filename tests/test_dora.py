@@ -6,19 +6,11 @@ import pickle
 
 import pytest
 import torch
-from helpers import outcome, relative, tiny_llama, trained_layer, trained_parameters
+from helpers import outcome, relative, trained_layer, trained_parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from spark_ft.adapters import (
-    AdapterConfig,
-    adapted_layers,
-    add_adapters,
-    load_adapters,
-    merge_adapters,
-    save_adapters,
-)
 from spark_ft.methods import dora
 from spark_ft.methods.dora import DoRALinear, row_norm
 
@@ -207,23 +199,3 @@ def test_a_row_of_zeros_stays_finite():
     found = outcome(layer, x, trained_parameters(layer))
     assert torch.allclose(found[0], base(x))
     assert all(t.isfinite().all() for t in found)
-
-
-def test_peft_loads_what_we_save_to_the_same_logits_and_we_load_what_peft_saves(tmp_path):
-    from peft import PeftModel
-
-    model = add_adapters(tiny_llama(), AdapterConfig(method="dora", rank=4, alpha=6))
-    with torch.no_grad():
-        for layer in adapted_layers(model).values():
-            layer.lora_B.normal_(std=0.1)
-            layer.magnitude.mul_(0.5 + torch.rand_like(layer.magnitude))
-    ids = torch.randint(3, 97, (2, 9))
-    save_adapters(model, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(tiny_llama(packed=False), tmp_path / "ours")
-    assert relative(theirs(ids).logits, model(ids).logits) < 1e-5
-    theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_adapters(tiny_llama(), tmp_path / "theirs")
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    before = model(ids).logits
-    assert not adapted_layers(merge_adapters(model))
-    assert relative(model(ids).logits, before) < 1e-5
