@@ -12,39 +12,20 @@ from spark_ft.memory.machine import measure
 from spark_ft.memory.trace import ADAPTERS, MOMENTS
 from spark_ft.methods.nf4 import NF4Linear
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 97}
 
 
 def test_two_layers_run_on_the_cpu_and_are_stored_with_their_origin(tmp_path, capsys):
     path = tmp_path / "measured" / "two.json"
-    arguments = [
-        "--model",
-        "SmolLM2-135M",
-        "--layers",
-        "2",
-        "--lengths",
-        "16",
-        "48",
-        "--steps",
-        "3",
-        "--device",
-        "cpu",
-    ]
-    assert giant.main([*arguments, "--out", str(path)]) == 0
+    shape = ["--model", "SmolLM2-135M", "--layers", "2", "--lengths", "16", "48"]
+    assert giant.main([*shape, "--steps", "3", "--device", "cpu", "--out", str(path)]) == 0
     assert "48 tokens:" in capsys.readouterr().out
     stored = json.loads(path.read_text())
     assert {"what", "device", "date", "versions", "settings", "runs"} <= stored.keys()
     assert stored["versions"]["torch"] == torch.__version__
-    assert (
-        stored["parameters"]
-        == 2 * (2 * 576**2 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576) + 576 + 49152 * 576
-    )
+    layer = 2 * 576**2 + 2 * 192 * 576 + 3 * 1536 * 576 + 2 * 576
+    assert stored["parameters"] == 2 * layer + 576 + 49152 * 576
     for run, length in zip(stored["runs"], (16, 48), strict=True):
         assert run["length"] == length
         assert run["peak bytes"] > run["planned terms"]["embeddings and head"] == 49152 * 576 * 4
@@ -108,20 +89,14 @@ def test_the_plan_of_a_layer_is_within_two_hundredths_of_what_its_tensors_take(l
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="it is known to the byte on Linux alone")
 def test_a_70b_layer_of_true_size_takes_what_is_planned():
     """In a process of its own: 1% of what its tensors take, 15% of what the process does."""
     config = giant.giant_config(1)
     found, planned = giant.measure_layer(config, 512), giant.plan_layer(config, 512).peak
-    print(
-        f"planned {planned / 1e9:.3f} GB;",
-        ", ".join(f"{name} {value / 1e9:.3f}" for name, value in found.items()),
-    )
+    print({name: f"{value / 1e9:.3f} GB" for name, value in {"planned": planned, **found}.items()})
     assert found["weights"] == 855_638_016
     assert planned == pytest.approx(found["counted"], rel=0.01)
     assert planned == pytest.approx(found["process"], rel=0.15)
-    assert (
-        found["making"] <= found["layer"] + 8192 * 28672 * 4 + 100e6
-    )  # and what quantizing a piece of it takes
+    piece = 8192 * 28672 * 4 + 100e6  # what quantizing it takes
+    assert found["making"] <= found["layer"] + piece
