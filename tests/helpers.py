@@ -1,8 +1,11 @@
 """What several test files share; import with `from helpers import tiny_llama`. Anyone may append."""
 
 import contextlib
+import inspect
 import io
 import re
+import sys
+import textwrap
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -131,6 +134,27 @@ def then(answer, *changes):
         return result
 
     return changed
+
+
+def mutants(right, *rows):
+    """Wrong answers: pieces of the right one's source are replaced.
+
+    rows: (message, old, new, old, new, …); returns (message, wrong answer) of each.
+    """
+    found, source = [], textwrap.dedent(inspect.getsource(right))
+    for message, *pieces in rows:
+        changed = source
+        for old, new in zip(pieces[::2], pieces[1::2], strict=True):
+            assert old in changed, f"{old!r} is not in the right answer"
+            changed = changed.replace(old, new)
+        scope = dict(vars(sys.modules[right.__module__]))
+        exec(changed, scope)
+        found.append((message, scope[right.__name__]))
+    return found
+
+
+def mutant(right, *pieces):
+    return mutants(right, ("", *pieces))[0][1]
 
 
 def printed_by(check, answer):

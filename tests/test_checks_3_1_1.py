@@ -3,7 +3,7 @@
 import math
 
 import torch
-from helpers import accepts, refuses
+from helpers import accepts, mutant, mutants, refuses
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,7 +32,6 @@ def test_init():
         ("A's entries spread by", lambda i, o, r: (draw(r, i) * 0.01, torch.zeros(o, r))),
         ("same at every call", lambda i, o, r: (torch.manual_seed(0) and draw(r, i), torch.zeros(o, r))),
         ("two tensors", lambda i, o, r: draw(r, i)),
-        ("two tensors", lambda i, o, r: None),
     )
 
 
@@ -58,7 +57,6 @@ def test_update():
         ("B is transposed, A is not", lambda x, A, B, alpha: alpha / len(A) * x @ A @ B.T),
         ("off by up to", lambda x, A, B, alpha: x + alpha / len(A) * x @ A.T @ B.T),
         ("PyTorch says.*x Aᵀ Bᵀ", lambda x, A, B, alpha: x.expand(3, 5, 9) @ A.T @ B.T),
-        ("is a return missing", lambda x, A, B, alpha: None),
     )
 
 
@@ -84,156 +82,97 @@ def test_parameters():
 class Right(nn.Module):
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        self.base, self.merged = base, False
-        self.freeze()
+        self.base, self.merged = base.requires_grad_(False), False
         self.lora_A = nn.Parameter(draw(rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.scaling, self.p = self.scale(alpha, rank), dropout
-
-    def freeze(self):
-        self.base.requires_grad_(False)
-
-    def scale(self, alpha, rank):
-        return alpha / rank
-
-    def drop(self, x):
-        return F.dropout(x, self.p, self.training)
-
-    def low(self, x):
-        return self.scaling * x @ self.lora_A.T @ self.lora_B.T
+        self.scaling, self.drop = alpha / rank, nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.base(x) + self.low(self.drop(x))
-
-
-def changed(**methods):
-    return type("Mutant", (Right,), methods)
-
-
-def starting_with(parts):
-    """A layer whose A and B are made anew by `parts(A, B)`."""
-
-    def init(self, base, rank, alpha, dropout=0.0):
-        Right.__init__(self, base, rank, alpha, dropout)
-        self.lora_A, self.lora_B = map(nn.Parameter, parts(self.lora_A.detach(), self.lora_B.detach()))
-
-    return changed(__init__=init)
-
-
-class PlainTensors(Right):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        A = self.lora_A.detach()
-        del self.lora_A
-        self.lora_A = A
+        return self.base(x) + self.scaling * self.drop(x) @ self.lora_A.T @ self.lora_B.T
 
 
 def test_layer():
     accepts(checks.check_lora_linear, Right, LoRALinear)
+    A, B = "draw(rank, base.in_features)", "torch.zeros(base.out_features, rank)"
+    A_is, frozen = "self.lora_A = nn.Parameter", "base.requires_grad_(False)"
+    update = "self.scaling * self.drop(x) @ self.lora_A.T @ self.lora_B.T"
     refuses(
         checks.check_lora_linear,
-        ("scaled by alpha, not alpha / rank", changed(scale=lambda s, alpha, rank: alpha)),
-        ("not scaled", changed(scale=lambda s, alpha, rank: 1.0)),
-        ("√rank", changed(scale=lambda s, alpha, rank: alpha / math.sqrt(rank))),
-        ("swapped: A is", starting_with(lambda A, B: (draw(*B.shape), 0 * A))),
-        ("lora_A is zero and lora_B is random: they are swapped", starting_with(lambda A, B: (B, A))),
-        ("both zero", starting_with(lambda A, B: (0 * A, B))),
-        ("does not start at zero", starting_with(lambda A, B: (A, draw(*B.shape)))),
-        (r"should be \(", starting_with(lambda A, B: (A.T, B.T))),
-        ("only sees an nn.Parameter", PlainTensors),
-        ("base.bias, base.weight still trains", changed(freeze=lambda s: None)),
-        ("base.bias still trains", changed(freeze=lambda s: s.base.weight.requires_grad_(False))),
-        ("dropout acts on the base", changed(forward=lambda s, x: Right.forward(s, F.dropout(x, s.p)))),
-        ("active in eval mode", changed(drop=lambda s, x: F.dropout(x, s.p))),
-        ("does nothing in training", changed(drop=lambda s, x: x)),
-        ("0[.][45]. of itself", changed(drop=lambda s, x: x * F.dropout(x, s.p, s.training).ne(0))),
-        ("on the update's output", changed(forward=lambda s, x: s.base(x) + s.drop(s.low(x)))),
-        (
-            "between A and B",
-            changed(forward=lambda s, x: s.base(x) + s.scaling * s.drop(x @ s.lora_A.T) @ s.lora_B.T),
+        *mutants(
+            Right,
+            ("scaled by alpha, not alpha / rank", "alpha / rank", "alpha"),
+            ("not scaled", "alpha / rank", "1.0"),
+            ("√rank", "alpha / rank", "alpha / math.sqrt(rank)"),
+            ("swapped: A is", B, "torch.zeros(rank, base.in_features)", A, "draw(base.out_features, rank)"),
+            ("lora_A is zero and lora_B is random: they are swapped", B, A, f"{A_is}({A})", f"{A_is}({B})"),
+            ("both zero", A, "torch.zeros(rank, base.in_features)"),
+            ("does not start at zero", B, "draw(base.out_features, rank)"),
+            (r"should be \(", A, f"{A}.T", B, f"{B}.T"),
+            ("only sees an nn.Parameter", f"{A_is}({A})", f"self.lora_A = {A}"),
+            ("base.bias, base.weight still trains", frozen, "base"),
+            ("base.bias still trains", frozen, "(base.weight.requires_grad_(False), base)[1]"),
+            ("dropout acts on the base", "self.base(x)", "self.base(self.drop(x))"),
+            ("active in eval mode", "self.drop(x)", "F.dropout(x, self.drop.p)"),
+            ("does nothing in training", "self.drop(x)", "x"),
+            ("0[.][45]. of itself", "self.drop(x)", "(x * self.drop(x).ne(0))"),
+            ("on the update's output", update, f"self.drop({update.replace('self.drop(x)', 'x')})"),
+            ("between A and B", "self.drop(x) @ self.lora_A.T", "self.drop(x @ self.lora_A.T)"),
+            ("base's output is missing", "self.base(x) + ", ""),
+            ("the update is missing", f" + {update}", ""),
+            ("the bias is lost", "self.base(x)", "F.linear(x, self.base.weight)"),
+            ("carries no gradient", update, f"({update}).detach()"),
+            ("lora_A gets no grad", "self.lora_A.T", "self.lora_A.detach().T"),
+            ("off by|PyTorch says", update, "x @ self.lora_A @ self.lora_B"),
+            ("off by|PyTorch says", update, "x @ self.lora_B @ self.lora_A"),
         ),
-        ("base's output is missing", changed(forward=lambda s, x: s.low(x))),
-        ("the update is missing", changed(forward=lambda s, x: s.base(x))),
-        (
-            "the bias is lost",
-            changed(forward=lambda s, x: x @ (s.base.weight + s.scaling * s.lora_B @ s.lora_A).T),
-        ),
-        ("carries no gradient", changed(forward=lambda s, x: s.base(x) + s.low(x).detach())),
-        ("lora_A gets no grad", changed(low=lambda s, x: s.scaling * x @ s.lora_A.detach().T @ s.lora_B.T)),
-        ("off by|PyTorch says", changed(forward=lambda s, x: s.base(x) + x @ s.lora_A @ s.lora_B)),
-        ("off by|PyTorch says", changed(forward=lambda s, x: s.base(x) + x @ s.lora_B @ s.lora_A)),
     )
 
 
-def right(layer):
-    return layer.scaling * layer.lora_B @ layer.lora_A
-
-
-def adding(update, flag=True, guard=True):
-    @torch.no_grad()
-    def merge(layer):
-        if not (guard and layer.merged):
-            layer.base.weight += update(layer)
-            layer.merged = layer.merged or flag
-
-    return merge
-
-
-def taking(update, flag=False, guard=True):
-    @torch.no_grad()
-    def unmerge(layer):
-        if layer.merged or not guard:
-            layer.base.weight -= update(layer)
-            layer.merged = flag
-
-    return unmerge
-
-
-merge, unmerge = adding(right), taking(right)
-
-
-def with_a_graph(layer):
+@torch.no_grad()
+def merge(layer):
     if not layer.merged:
-        layer.base.weight.add_(right(layer))
-        layer.merged = True
-
-
-def a_new_parameter(layer):
-    if not layer.merged:
-        layer.base.weight = nn.Parameter((layer.base.weight + right(layer)).detach())
+        layer.base.weight += layer.scaling * layer.lora_B @ layer.lora_A
         layer.merged = True
 
 
 @torch.no_grad()
-def forgets_the_update(layer):
-    merge(layer)
-    layer.lora_B.zero_()
+def unmerge(layer):
+    if layer.merged:
+        layer.base.weight -= layer.scaling * layer.lora_B @ layer.lora_A
+        layer.merged = False
 
 
 def test_merge():
+    update = "layer.scaling * layer.lora_B @ layer.lora_A"
     accepts(checks.check_merge, (merge, unmerge))
     refuses(
         checks.check_merge,
-        ("added twice", adding(right, guard=False)),
-        ("counts twice", adding(right, flag=False)),
-        ("alpha / rank is missing", adding(lambda layer: layer.lora_B @ layer.lora_A)),
-        ("subtracted, not added", adding(lambda layer: -right(layer))),
-        ("A B instead of B A", adding(lambda layer: layer.scaling * layer.lora_A @ layer.lora_B)),
-        ("transposed", adding(lambda layer: right(layer).T)),
-        ("the update alone", adding(lambda layer: right(layer) - layer.base.weight)),
-        ("nothing was added", lambda layer: None),
-        ("inside torch.no_grad", with_a_graph),
-        ("inside torch.no_grad", a_new_parameter),
-        ("lora_B after merge", forgets_the_update),
+        *mutants(
+            merge,
+            ("added twice", "if not layer.merged", "if True"),
+            ("counts twice", "layer.merged = True", "pass"),
+            ("alpha / rank is missing", "layer.scaling * ", ""),
+            ("subtracted, not added", "+=", "-="),
+            ("A B instead of B A", "layer.lora_B @ layer.lora_A", "layer.lora_A @ layer.lora_B"),
+            ("transposed", update, f"({update}).T"),
+            ("the update alone", "+= ", "+= -layer.base.weight + "),
+            ("nothing was added", "+= ", "+= 0 * "),
+            ("inside torch.no_grad", "@torch.no_grad()", ""),
+            ("inside torch.no_grad", f"+= {update}", f"= nn.Parameter(layer.base.weight + {update})"),
+            ("lora_B after merge", "layer.merged = True", "layer.merged = layer.lora_B.zero_() is not None"),
+        ),
         answers=lambda merge: (merge, unmerge),
     )
     refuses(
         checks.check_merge,
-        ("subtracted twice", taking(right, guard=False)),
-        ("merged should be False", taking(right, flag=True)),
-        ("added the update again", taking(lambda layer: -right(layer))),
-        ("alpha / rank is missing in unmerge", taking(lambda layer: layer.lora_B @ layer.lora_A)),
-        ("unmerge did nothing", lambda layer: None),
+        *mutants(
+            unmerge,
+            ("subtracted twice", "if layer.merged", "if True"),
+            ("merged should be False", "layer.merged = False", "layer.merged = True"),
+            ("added the update again", "-=", "+="),
+            ("alpha / rank is missing in unmerge", "layer.scaling * ", ""),
+            ("unmerge did nothing", "if layer.merged", "if False"),
+        ),
         answers=lambda unmerge: (merge, unmerge),
     )
 
@@ -242,6 +181,6 @@ def test_parity():
     accepts(checks.check_parity, (Right, merge), (LoRALinear, LoRALinear.merge))
     refuses(
         checks.check_parity,
-        ("output: yours and PEFT's differ", (changed(scale=lambda s, alpha, rank: alpha), merge)),
-        ("merged weight: yours", (Right, adding(lambda layer: layer.lora_B @ layer.lora_A))),
+        ("output: yours and PEFT's differ", (mutant(Right, "alpha / rank", "alpha"), merge)),
+        ("merged weight: yours", (Right, mutant(merge, "layer.scaling * ", ""))),
     )

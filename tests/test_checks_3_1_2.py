@@ -1,7 +1,7 @@
 """Every check of lab 3.1.2 passes the right answer and names each wrong one that people really give."""
 
 import torch
-from helpers import accepts, refuses
+from helpers import accepts, mutant, mutants, refuses, then
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,7 +32,6 @@ def test_decompose():
         ("twice", lambda W: (length(W), W / length(W)[:, None] ** 2)),
         ("multiplied", lambda W: (length(W), W * length(W)[:, None])),
         ("two tensors", lambda W: length(W)),
-        ("two tensors", lambda W: None),
     )
 
 
@@ -76,119 +75,69 @@ def test_row_norm():
         ("wrong sign", from_parts(lambda s, plain, cross, note: plain - 2 * s * cross + s * s * note)),
         ("the lengths were added", lambda W, A, B, s: length(W) + s * parts(W, A, B)[2].sqrt()),
         ("A B instead of B A", lambda W, A, B, s: row_norm(W, B, A, s)),
-        ("is a return missing", lambda W, A, B, s: None),
     )
 
 
 class Right(nn.Module):
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        self.base = base
-        self.freeze()
+        self.base = base.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.magnitude = nn.Parameter(self.first_magnitude())
+        self.magnitude = nn.Parameter(length(base.weight))
         self.scaling, self.dropout = alpha / rank, dropout
 
-    def freeze(self):
-        self.base.requires_grad_(False)
-
-    def first_magnitude(self):
-        return length(self.base.weight)
-
-    def drop(self, x):
-        return F.dropout(x, self.dropout, self.training)
-
-    def turned(self):
-        return self.base.weight + self.scaling * self.lora_B @ self.lora_A
-
-    def volume(self):
-        return self.magnitude / length(self.turned()).detach()
-
-    def plain(self, x):
-        return F.linear(x, self.base.weight)
-
-    def low(self, x):
-        return self.scaling * x @ self.lora_A.T @ self.lora_B.T
-
     def forward(self, x):
-        g, dropped = self.volume(), self.drop(x)
-        return self.base(x) + (g - 1) * self.plain(dropped) + g * self.low(dropped)
+        g = self.magnitude / length(self.base.weight + self.scaling * self.lora_B @ self.lora_A).detach()
+        dropped = F.dropout(x, self.dropout, self.training)
+        plain, low = F.linear(dropped, self.base.weight), dropped @ self.lora_A.T @ self.lora_B.T
+        return self.base(x) + (g - 1) * plain + g * self.scaling * low
 
 
-def changed(**methods):
-    return type("Mutant", (Right,), methods)
-
-
-def shift(self):
-    return 0.0 if self.base.bias is None else self.base.bias
-
-
-def norm_of(weight, dim=1):
-    return changed(volume=lambda s: s.magnitude / weight(s).norm(dim=dim).detach())
-
-
-def forward(function):
-    """A mutant whose forward is function(self, g, x), with whatever dropout that takes."""
-    return changed(forward=lambda s, x: function(s, s.volume(), x))
-
-
-def input_scaled(self, g, x):
-    return self.base(x * g) + self.low(x * g) if x.shape[-1] == len(g) else Right.forward(self, x)
-
-
-def adds(first, second):
-    """A mutant whose own dropouts are `first(self, x)` on the change of volume and `second` on the update."""
-    return forward(lambda s, g, x: s.base(x) + (g - 1) * s.plain(first(s, x)) + g * s.low(second(s, x)))
-
-
-def not_grown(self, x):
-    return x * (torch.rand_like(x) >= self.dropout) if self.training else x
-
-
-class PlainMagnitude(Right):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        magnitude = self.magnitude.detach()
-        del self.magnitude
-        self.register_buffer("magnitude", magnitude)
-
-
-not_detached = changed(volume=lambda s: s.magnitude / length(s.turned()))
-norm_of_W = norm_of(lambda s: s.base.weight)
+not_detached = ".detach()", ""
+norm_of_W = " + self.scaling * self.lora_B @ self.lora_A)", ")"
 
 
 def test_layer():
+    first, volume = "nn.Parameter(length(base.weight))", "g = self.magnitude / length("
+    out = "self.base(x) + (g - 1) * plain + g * self.scaling * low"
+    dropped = "F.dropout(x, self.dropout, self.training)"
+    bias, note = "(0.0 if self.base.bias is None else self.base.bias)", "self.scaling * low"
+    scaled = "if len(g) == x.shape[-1]:\n            x, g = x * g, torch.ones_like(g)\n        dropped ="
     accepts(checks.check_dora_linear, Right)
     refuses(
         checks.check_dora_linear,
-        ("the norm runs over the wrong axis", changed(first_magnitude=lambda s: s.base.weight.norm(dim=0))),
-        ("starts at zero", changed(first_magnitude=lambda s: length(s.lora_B @ s.lora_A).detach())),
-        ("it starts at one", changed(first_magnitude=lambda s: torch.ones(s.base.out_features))),
-        ("self.magnitude is Tensor: the optimizer only sees", PlainMagnitude),
-        ("base.(weight|bias), base.(weight|bias) still trains", changed(freeze=lambda s: None)),
-        ("the norm is not detached", not_detached),
-        ("the norm runs over the wrong axis", norm_of(Right.turned, dim=0)),
-        ("the norm is that of W alone", norm_of_W),
-        ("missing in the norm", norm_of(lambda s: s.base.weight + s.lora_B @ s.lora_A)),
-        ("magnitude has no effect", changed(volume=lambda s: s.magnitude / s.magnitude.detach())),
-        ("not divided by the norm", changed(volume=lambda s: s.magnitude)),
-        ("the bias is scaled too", forward(lambda s, g, x: g * (s.base(x) + s.low(x)))),
-        ("the bias is lost", forward(lambda s, g, x: g * (s.plain(x) + s.low(x)))),
-        ("note's share is not scaled", forward(lambda s, g, x: g * s.plain(x) + s.low(x) + shift(s))),
-        ("the base's share is not scaled", forward(lambda s, g, x: s.base(x) + g * s.low(x))),
-        ("appear only in the norm", forward(lambda s, g, x: g * s.plain(x) + shift(s))),
-        ("magnitude gets no gradient", changed(volume=lambda s: Right.volume(s).detach())),
-        ("inputs, not the outputs", forward(input_scaled)),
-        ("handled as LoRA's", forward(lambda s, g, x: g * s.plain(x) + shift(s) + g * s.low(s.drop(x)))),
-        ("dropout is drawn twice", adds(Right.drop, Right.drop)),
-        ("the base's too", forward(lambda s, g, x: g * (s.plain(y := s.drop(x)) + s.low(y)) + shift(s))),
-        ("on the change of volume only", adds(Right.drop, lambda s, x: x)),
-        ("active in eval mode", changed(drop=lambda s, x: F.dropout(x, s.dropout))),
-        ("does nothing in training", changed(drop=lambda s, x: x)),
-        ("does not grow", changed(drop=not_grown)),
-        ("does not allow", changed(drop=lambda s, x: F.dropout(x, 0.3 * (s.dropout > 0), s.training))),
-    )
+        *mutants(
+            Right,
+            ("the norm runs over the wrong axis", first, "nn.Parameter(length(base.weight.T))"),
+            ("starts at zero", first, "nn.Parameter(0 * length(base.weight))"),
+            ("it starts at one", first, "nn.Parameter(torch.ones(base.out_features))"),
+            ("self.magnitude is Tensor: the optimizer only sees", f"self.magnitude = {first}",
+             'self.register_buffer("magnitude", length(base.weight))'),
+            ("base.(weight|bias), base.(weight|bias) still trains", "base.requires_grad_(False)", "base"),
+            ("the norm is not detached", *not_detached),
+            ("the norm runs over the wrong axis", volume, f"{volume}torch.t(", ").detach()", ")).detach()"),
+            ("the norm is that of W alone", *norm_of_W),
+            ("missing in the norm", "+ self.scaling * self.lora_B", "+ self.lora_B"),
+            ("magnitude has no effect", volume, "g = self.magnitude / self.magnitude.detach() + 0 * length("),
+            ("not divided by the norm", volume, "g = self.magnitude + 0 * length("),
+            ("the bias is scaled too", out, f"g * (self.base(x) + {note})"),
+            ("the bias is lost", out, f"g * (plain + {note})"),
+            ("note's share is not scaled", out, f"g * plain + {note} + {bias}"),
+            ("the base's share is not scaled", out, f"self.base(x) + g * {note}"),
+            ("appear only in the norm", out, f"g * plain + {bias}"),
+            ("magnitude gets no gradient", "self.magnitude / ", "self.magnitude.detach() / "),
+            ("inputs, not the outputs", "dropped =", scaled),
+            ("handled as LoRA's", "F.linear(dropped", "F.linear(x"),
+            ("dropout is drawn twice", "F.linear(dropped", f"F.linear({dropped}"),
+            ("the base's too", out, f"g * (plain + {note}) + {bias}"),
+            ("on the change of volume only", "dropped @", "x @"),
+            ("active in eval mode", dropped, "F.dropout(x, self.dropout)"),
+            ("does nothing in training", dropped, "x"),
+            ("does not grow", dropped, "x * (torch.rand_like(x) >= self.dropout) if self.training else x"),
+            ("does not allow", dropped, "F.dropout(x, 0.3 * (self.dropout > 0), self.training)"),
+        ),
+    )  # fmt: skip
 
 
 def test_what_an_undetached_norm_changes():
@@ -244,54 +193,38 @@ def test_merged_weight():
         ("columns, not rows", from_rows(lambda m, V, W, note: m.T / lengths(V).T * V)),
         ("wrong axis", from_rows(lambda m, V, W, note: m / lengths(V.T) * V)),
         ("A B instead of B A", lambda W, m, A, B, s: merged_weight(W, m, B, A, s)),
-        ("is a return missing", lambda W, m, A, B, s: None),
     )
 
 
-def cosines(before, after):
-    return torch.cosine_similarity(before, after, dim=1)
-
-
-def turned(before, after):
-    return (1 - cosines(before, after)).mean()
-
-
-def longer(before, after):
-    return length(after) - length(before)
-
-
-def moved(before, after):
-    return longer(before, after).abs().mean()
-
-
-def pair(lengths, directions):
-    return lambda before, after: (lengths(before, after), directions(before, after))
+def movement(before, after):
+    moved = (length(after) - length(before)).abs().mean()
+    cosine = torch.cosine_similarity(before, after, dim=1)
+    return moved, (1 - cosine).mean()
 
 
 def test_movement():
-    accepts(
-        checks.check_movement,
-        pair(moved, turned),
-        pair(lambda b, a: moved(b, a).item(), lambda b, a: turned(b, a).item()),
-    )
+    longer, turned = "(length(after) - length(before))", "(1 - cosine).mean()"
+    accepts(checks.check_movement, movement, then(movement, lambda pair: (pair[0].item(), pair[1].item())))
     refuses(
         checks.check_movement,
-        ("cancel", pair(lambda b, a: longer(b, a).mean(), turned)),
-        ("cancel|absolute value of the mean", pair(lambda b, a: longer(b, a).mean().abs(), turned)),
-        ("ΔM of a 8×8 weight: it is the sum", pair(lambda b, a: longer(b, a).abs().sum(), turned)),
-        ("squared", pair(lambda b, a: longer(b, a).square().mean(), turned)),
-        ("share of the old length", pair(lambda b, a: (length(a) / length(b) - 1).abs().mean(), turned)),
-        ("length of the rows' difference", pair(lambda b, a: length(a - b).mean(), turned)),
-        ("wrong axis", pair(lambda b, a: moved(b.T, a.T), turned)),
-        ("the two are swapped", pair(turned, moved)),
-        ("that is the cosine", pair(moved, lambda b, a: cosines(b, a).mean())),
-        ("that is the angle", pair(moved, lambda b, a: cosines(b, a).acos().mean())),
-        ("ΔD of a 8×8 weight: it is the sum", pair(moved, lambda b, a: (1 - cosines(b, a)).sum())),
-        ("the cosine runs over the wrong axis", pair(moved, lambda b, a: turned(b.T, a.T))),
-        ("lengths are still in it", pair(moved, lambda b, a: (1 - (a * b).sum(1)).mean())),
-        ("two numbers, .* not Tensor", moved),
-        ("two numbers, .* not NoneType", lambda before, after: None),
-        ("two numbers, .* None", pair(moved, lambda b, a: None)),
+        *mutants(
+            movement,
+            ("cancel", f"{longer}.abs()", longer),
+            ("cancel|absolute value of the mean", ".abs().mean()", ".mean().abs()"),
+            ("ΔM of a 8×8 weight: it is the sum", ".abs().mean()", ".abs().sum()"),
+            ("squared", ".abs().mean()", ".square().mean()"),
+            ("share of the old length", longer, "(length(after) / length(before) - 1)"),
+            ("length of the rows' difference", longer, "length(after - before)"),
+            ("wrong axis", longer, "(length(after.T) - length(before.T))"),
+            ("the two are swapped", f"moved, {turned}", f"{turned}, moved"),
+            ("that is the cosine", turned, "cosine.mean()"),
+            ("that is the angle", turned, "cosine.acos().mean()"),
+            ("ΔD of a 8×8 weight: it is the sum", turned, "(1 - cosine).sum()"),
+            ("the cosine runs over the wrong axis", "dim=1", "dim=0"),
+            ("lengths are still in it", "torch.cosine_similarity", "(lambda a, b, dim: (a * b).sum(dim))"),
+            ("two numbers, .* not Tensor", f", {turned}", ""),
+            ("two numbers, .* None", turned, "None"),
+        ),
     )
 
 
@@ -299,7 +232,7 @@ def test_parity():
     accepts(checks.check_parity, (Right, merged_weight))
     refuses(
         checks.check_parity,
-        ("output: yours and PEFT's differ", (norm_of_W, merged_weight)),
-        ("gradient of A: yours and PEFT's differ", (not_detached, merged_weight)),
+        ("output: yours and PEFT's differ", (mutant(Right, *norm_of_W), merged_weight)),
+        ("gradient of A: yours and PEFT's differ", (mutant(Right, *not_detached), merged_weight)),
         ("merged weight: yours", (Right, lambda W, m, A, B, s: W + s * B @ A)),
     )

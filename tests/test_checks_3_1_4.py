@@ -42,7 +42,6 @@ def test_label_mask():
         ("stop token is masked", lambda p, c: [-100] * len(p) + [-100 if t == 2 else t for t in c]),
         ("shifted by one", lambda p, c: [-100] * (len(p) - 1) + c + [-100]),
         ("one for each", lambda p, c: list(c)),
-        ("return missing", lambda p, c: None),
         ("expected", lambda p, c: [-100] * (len(p) + len(c) - 1) + c[-1:]),
         times=5,
     )
@@ -68,7 +67,6 @@ def test_accumulated_loss():
         ("mean of means", lambda parts: sum(s / n for s, n in parts) / len(parts)),
         ("sum of means", lambda parts: sum(s / n for s, n in parts)),
         ("number of micro-batches", lambda parts: sum(s for s, _ in parts) / len(parts)),
-        ("return missing", lambda parts: None),
         times=5,
     )
 
@@ -82,7 +80,6 @@ def test_learning_rate():
         ("above its peak", lambda step, *a: 2 * rate()(step, *a)),
         ("stays at its peak", rate(fall=lambda share: 1)),
         ("straight line", rate(fall=lambda share: 1 - share)),
-        ("return missing", lambda *a: None),
         times=5,
     )
 

@@ -4,34 +4,18 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import accepts, printed_by, refuses, then
+from helpers import accepts, mutant, mutants, printed_by, refuses, then
 
 from spark_ft.lab.checks import lab_3_1_5 as checks
+from spark_ft.lab.parity import double_quantization_against_bitsandbytes
 from spark_ft.methods.nf4 import quantize_nf4
 
 
-def nearest(scaled, code):
-    return (scaled[..., None] - code).abs().argmin(-1).to(torch.uint8)
-
-
-def by_row(numbers, scales):
-    return numbers / scales[:, None]
-
-
-def quantizer(
-    scale=lambda b: b.abs().amax(1), codes=nearest, blocks=lambda w, size: w.reshape(-1, size), divide=by_row
-):
-    """A quantizer with one of its parts changed."""
-
-    def quantize(weight, code, block_size):
-        parts = blocks(weight, block_size)
-        scales = scale(parts)
-        return codes(divide(parts, scales), code).to(torch.uint8), scales
-
-    return quantize
-
-
-quantize = quantizer()
+def quantize(weight, code, block_size):
+    blocks = weight.reshape(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks / absmax[:, None])[..., None]
+    return (scaled - code).abs().argmin(-1).to(torch.uint8), absmax
 
 
 def with_midpoints(weight, code, block_size):
@@ -41,29 +25,33 @@ def with_midpoints(weight, code, block_size):
 
 
 def test_quantize():
+    absmax, divided = "blocks.abs().amax(1)", "blocks / absmax[:, None]"
+    nearest = "(scaled - code).abs().argmin(-1)"
     accepts(checks.check_quantize, quantize, with_midpoints)
     refuses(
         checks.check_quantize,
-        ("one scale for the whole weight", quantizer(scale=lambda b: b.abs().max().expand(len(b)))),
-        ("not the largest magnitude", quantizer(scale=lambda b: b.amax(1))),
-        ("mean magnitude", quantizer(scale=lambda b: b.abs().mean(1))),
-        ("standard deviation", quantizer(scale=lambda b: b.std(1))),
-        ("from smallest to largest", quantizer(scale=lambda b: b.amax(1) - b.amin(1))),
-        ("blocks run down the columns", quantizer(blocks=lambda w, size: w.T.reshape(-1, size))),
-        ("one number per block is enough", then(quantize, lambda pair: (pair[0], pair[1][:, None]))),
-        ("not divided by their block's absmax", quantizer(divide=lambda b, s: b)),
-        ("whole weight's largest magnitude", quantizer(divide=lambda b, s: b / s.max())),
-        ("are not the nearest level's", quantizer(divide=lambda b, s: b * s[:, None])),
-        ("the level below", quantizer(codes=lambda x, code: (x[..., None] >= code).sum(-1) - 1)),
-        ("the level above", quantizer(codes=lambda x, code: (x[..., None] > code).sum(-1) % len(code))),
-        ("equally spaced levels", quantizer(codes=lambda x, code: ((x + 1) * (len(code) - 1) / 2).round())),
-        ("counted from the top", quantizer(codes=lambda x, code: len(code) - 1 - nearest(x, code))),
-        ("make them bytes", then(quantize, lambda pair: (pair[0].float(), pair[1]))),
-        ("a row per block", then(quantize, lambda pair: (pair[0].flatten(), pair[1]))),
-        ("count from 0", then(quantize, lambda pair: (pair[0] + 1, pair[1]))),
-        ("two tensors", then(quantize, lambda pair: pair[0])),
-        ("two tensors", lambda *_: None),
-        ("PyTorch says", lambda weight, code, size: quantize(weight.view(size, -1, 3), code, size)),
+        *mutants(
+            quantize,
+            ("one scale for the whole weight", absmax, "blocks.abs().max().expand(len(blocks))"),
+            ("not the largest magnitude", absmax, "blocks.amax(1)"),
+            ("mean magnitude", absmax, "blocks.abs().mean(1)"),
+            ("standard deviation", absmax, "blocks.std(1)"),
+            ("from smallest to largest", absmax, "blocks.amax(1) - blocks.amin(1)"),
+            ("blocks run down the columns", "weight.reshape", "weight.T.reshape"),
+            ("one number per block is enough", "), absmax", "), absmax[:, None]"),
+            ("not divided by their block's absmax", divided, "blocks"),
+            ("whole weight's largest magnitude", divided, "blocks / absmax.max()"),
+            ("are not the nearest level's", divided, "blocks * absmax[:, None]"),
+            ("the level below", nearest, "((scaled >= code).sum(-1) - 1)"),
+            ("the level above", nearest, "((scaled > code).sum(-1) % len(code))"),
+            ("equally spaced levels", nearest, "((scaled[..., 0] + 1) * (len(code) - 1) / 2).round()"),
+            ("counted from the top", nearest, f"(len(code) - 1 - {nearest})"),
+            ("make them bytes", ".to(torch.uint8)", ".float()"),
+            ("a row per block", nearest, f"{nearest}.flatten()"),
+            ("count from 0", nearest, f"({nearest} + 1)"),
+            ("two tensors", "), absmax", ")"),
+            ("PyTorch says", "weight.reshape(-1, block_size)", "weight.view(block_size, -1, 3)"),
+        ),
     )
 
 
@@ -100,7 +88,6 @@ def test_packing():
         ("a byte is torch.uint8", lambda codes: codes[::2].int() * 16 + codes[1::2]),
         ("two codes share a byte", lambda codes: codes),
         ("two codes share a byte", then(pack, lambda packed: packed.view(-1, 1))),
-        ("is a return missing", lambda codes: None),
         ("PyTorch says", lambda codes: codes.view(-1, 3)),
         answers=lambda pack: (pack, unpack),
     )
@@ -119,29 +106,30 @@ def test_packing():
     )
 
 
-def dequantizer(levels=lambda codes, code: code[codes.long()], scaled=lambda x, absmax: x * absmax[:, None]):
-    """A dequantizer with one of its parts changed."""
-    return lambda codes, absmax, code, shape: scaled(levels(codes, code), absmax).view(shape)
+def dequantize(codes, absmax, code, shape):
+    return (code[codes.long()] * absmax[:, None]).view(shape)
 
 
-dequantize = dequantizer()
-without_scales = dequantizer(scaled=lambda levels, absmax: levels)
+no_scales = " * absmax[:, None]", ""
 
 
 def test_dequantize():
+    looked_up = "code[codes.long()]"
     accepts(checks.check_dequantize, dequantize)
     refuses(
         checks.check_dequantize,
-        ("scales are missing", without_scales),
-        ("not looked up", dequantizer(levels=lambda codes, code: codes)),
-        ("divided by absmax", dequantizer(scaled=by_row)),
-        ("scales run across the columns", dequantizer(scaled=lambda levels, absmax: levels * absmax)),
-        ("first one's scale", dequantizer(scaled=lambda levels, absmax: levels * absmax[0])),
-        ("equally spaced levels", dequantizer(levels=lambda codes, code: codes * 2 / (len(code) - 1) - 1)),
-        ("transposed", then(dequantize, torch.t)),
-        ("has shape", lambda codes, absmax, code, shape: code[codes.long()] * absmax[:, None]),
-        ("PyTorch says", dequantizer(levels=lambda codes, code: code[codes])),
-        ("is a return missing", lambda codes, absmax, code, shape: None),
+        *mutants(
+            dequantize,
+            ("scales are missing", *no_scales),
+            ("not looked up", looked_up, "codes"),
+            ("divided by absmax", " * ", " / "),
+            ("scales run across the columns", "absmax[:, None]", "absmax"),
+            ("first one's scale", "absmax[:, None]", "absmax[0]"),
+            ("equally spaced levels", looked_up, "(codes * 2 / (len(code) - 1) - 1)"),
+            ("transposed", ".view(shape)", ".view(shape).T"),
+            ("has shape", ".view(shape)", ""),
+            ("PyTorch says", ".long()", ""),
+        ),
     )
 
 
@@ -170,7 +158,6 @@ def test_bits():
         ("scales are in fp32", lambda block, group: 4 + 16 / block),
         ("bytes, not bits", then(bits, lambda number: number / 8)),
         ("but should be 4.500000", then(bits, lambda number: number + 0.01)),
-        ("returned None", lambda block, group: None),
         ("returned str", then(bits, str)),
     )
 
@@ -251,7 +238,6 @@ def test_terms():
         ("times the length", keeping("checkpoints", lambda s, r, n: (s["layers"] + 1) * s["hidden"] * 2)),
         ("but should be", keeping("checkpoints", lambda s, r, n: 1.01 * terms(s, r, n)["checkpoints"])),
         ("should be a number of bytes", keeping("notes", lambda s, r, n: None)),
-        ("should return a dict with the keys linear layers, .*, not NoneType", lambda s, r, n: None),
         ("not float", then(terms, lambda given: sum(given.values()))),
         ("it has notes", lambda *_: {"notes": 1}),
     )
@@ -260,25 +246,19 @@ def test_terms():
 def test_parity():
     right = (quantize, pack, dequantize)
     assert "100.00% of your bytes and 100% of your scales" in printed_by(checks.check_parity, right)
-    one_scale = quantizer(scale=lambda b: b.abs().max().expand(len(b)))
-    wrong_scales = then(quantize, lambda pair: (pair[0], pair[1] + 1))
+    one_scale = mutant(quantize, "blocks.abs().amax(1)", "blocks.abs().max().expand(len(blocks))")
     refuses(
         checks.check_parity,
         ("of your bytes are", (quantize, pack_backwards, dequantize)),
         ("of your bytes are", (one_scale, pack, dequantize)),
-        ("of your scales are", (wrong_scales, pack, dequantize)),
-        ("off bitsandbytes'", (quantize, pack, without_scales)),
+        ("of your scales are", (mutant(quantize, "), absmax", "), absmax + 1"), pack, dequantize)),
+        ("off bitsandbytes'", (quantize, pack, mutant(dequantize, *no_scales))),
     )
 
 
-def test_the_packages_own_bytes_pass_the_parity_function():
-    from spark_ft.lab.parity import double_quantization_against_bitsandbytes, nf4_against_bitsandbytes
-
+def test_the_packages_own_doubly_quantized_bytes_pass_the_parity_function():
     weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
-    plain, double = quantize_nf4(weight, double_quant=False), quantize_nf4(weight)
-    found = nf4_against_bitsandbytes(weight, plain.packed, plain.absmax, plain.dequantize())
-    assert list(found.values()) == [1, 1, 0]
-    found = double_quantization_against_bitsandbytes(weight, double)
+    found = double_quantization_against_bitsandbytes(weight, quantize_nf4(weight))
     assert found["bytes equal"] == 1
     assert found["8-bit scales equal"] >= 0.995
     assert found["8-bit scales apart, at most"] <= 4

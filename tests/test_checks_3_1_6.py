@@ -4,10 +4,9 @@ import copy
 import random
 import re
 from collections import Counter
-from functools import partial
 
 import torch
-from helpers import accepts, printed_by, refuses, then
+from helpers import accepts, mutant, mutants, printed_by, refuses, then
 
 from spark_ft.data.cleaning import drop_leaked
 from spark_ft.data.formats import messages_to_sharegpt, sharegpt_to_messages
@@ -22,80 +21,62 @@ ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 SPEAKER = {role: name for name, role in ROLE.items()}
 
 
-def without(row, field):
-    return {key: value for key, value in row.items() if key != field}
+def there(row):
+    rest = {key: value for key, value in row.items() if key != "conversations"}
+    turns = [{"role": ROLE[t["from"]], "content": t["value"]} for t in row["conversations"]]
+    return {**rest, "messages": turns}
 
 
-def there(row, role=ROLE.get, text=lambda value: value, turns=lambda turns: turns):
-    messages = [{"role": role(t["from"]), "content": text(t["value"])} for t in turns(row["conversations"])]
-    return {**without(row, "conversations"), "messages": messages}
-
-
-def back(row, role=SPEAKER.get):
-    turns = [{"from": role(m["role"]), "value": m["content"]} for m in row["messages"]]
-    return {**without(row, "messages"), "conversations": turns}
-
-
-def with_messages(change):
-    """The right row, its messages changed at last."""
-    return lambda row: {**there(row), "messages": change(there(row)["messages"])}
-
-
-def popping(row):
-    turns = row.pop("conversations")
-    row["messages"] = [{"role": ROLE[turn["from"]], "content": turn["value"]} for turn in turns]
-    return row
-
-
-def renaming_turns(row):
-    for turn in row["conversations"]:
-        turn["role"], turn["content"] = ROLE[turn.pop("from")], turn.pop("value")
-    return {**without(row, "conversations"), "messages": row["conversations"]}
-
-
-def by_place(messages):
-    system = [m for m in messages if m["role"] == "system"]
-    others = [m for m in messages if m["role"] != "system"]
-    return system + [{**m, "role": ("user", "assistant")[i % 2]} for i, m in enumerate(others)]
+def back(row):
+    rest = {key: value for key, value in row.items() if key != "messages"}
+    turns = [{"from": SPEAKER[m["role"]], "value": m["content"]} for m in row["messages"]]
+    return {**rest, "conversations": turns}
 
 
 def test_sharegpt():
-    changed = partial(partial, there)
-    on_a_copy = then(copy.deepcopy, popping)
-    package = (sharegpt_to_messages, messages_to_sharegpt)
+    role, text, each, out = 'ROLE[t["from"]]', 't["value"]', 'in row["conversations"]]', '"messages": turns'
+    popping, package = (each, 'in row.pop("conversations")]'), (sharegpt_to_messages, messages_to_sharegpt)
+    on_a_copy = then(copy.deepcopy, mutant(there, *popping))
     accepts(checks.check_sharegpt, (there, back), package, (on_a_copy, back), times=20)
+    numbered = 'enumerate(row["conversations"], row["conversations"][0]["from"] != "system")]'
+    place = '("assistant", "user")[i % 2] if t["from"] != "system" else "system"'
     refuses(
         checks.check_sharegpt,
-        ("to_messages returned None; is a return missing", lambda row: None),
-        ("to_messages returned list; a row", then(there, lambda row: row["messages"])),
-        (r"\['(human|system)'\]; here the speakers are", changed(role=lambda name: name)),
-        (r"\"role\" is \['bot'\]", changed(role={**ROLE, "gpt": "bot"}.get)),
-        ("no entry for 'system'.*may begin", changed(role=without(ROLE, "system").__getitem__)),
-        ("lost the white space at its ends", changed(text=str.strip)),
-        ("never touches the text", changed(text=lambda value: " ".join(value.split()) + " ")),
-        ("system turn is dropped", changed(turns=lambda turns: [t for t in turns if t["from"] != "system"])),
-        ("turns went in and 2 came out|system turn is dropped", changed(turns=lambda turns: turns[:2])),
-        ("reverse order", changed(turns=lambda turns: turns[::-1])),
-        ("id, tags is lost", lambda row: {"messages": there(row)["messages"]}),
-        ('"conversations" is still there', lambda row: {**row, **there(row)}),
-        ("not all of it was in the row", lambda row: {**there(row), "conversation": there(row)["messages"]}),
-        ("not all of it was in the row", lambda row: {**there(row), "id": str(row["id"])}),
-        ('there is no "messages"', lambda row: {**row, "conversations": there(row)["messages"]}),
-        ('must have "role"', with_messages(lambda messages: [[m["role"], m["content"]] for m in messages])),
-        ('and "content", not', with_messages(lambda messages: [{"role": m["role"]} for m in messages])),
-        ("must be a list of turns", with_messages(tuple)),
-        ("changed the row it was given", popping),
-        ("changed the row it was given", renaming_turns),
-        ("not from its place: two questions may follow", with_messages(by_place)),
+        *mutants(
+            there,
+            ("to_messages returned list; a row", "{**rest, " + out + "}", "turns"),
+            (r"\['(human|system)'\]; here the speakers are", role, 't["from"]'),
+            (r"\"role\" is \['bot'\]", role, '{**ROLE, "gpt": "bot"}[t["from"]]'),
+            ("no entry for 'system'.*may begin", role, '{"human": "user", "gpt": "assistant"}[t["from"]]'),
+            ("lost the white space at its ends", text, f"{text}.strip()"),
+            ("never touches the text", text, f'" ".join({text}.split()) + " "'),
+            ("system turn is dropped", each, each[:-1] + ' if t["from"] != "system"]'),
+            ("turns went in and 2 came out|system turn is dropped", each, each[:-1] + "[:2]]"),
+            ("reverse order", each, each[:-1] + "[::-1]]"),
+            ("id, tags is lost", "**rest, ", ""),
+            ('"conversations" is still there', "**rest", "**row"),
+            ("not all of it was in the row", out, f'{out}, "conversation": turns'),
+            ("not all of it was in the row", out, f'{out}, "id": str(row["id"])'),
+            ('there is no "messages"', '**rest, "messages"', '**row, "conversations"'),
+            ('must have "role"', out, '"messages": [[*turn.values()] for turn in turns]'),
+            ('and "content", not', ', "content": t["value"]', ""),
+            ("must be a list of turns", out, '"messages": tuple(turns)'),
+            ("changed the row it was given", *popping),
+            ("changed the row it was given", text, 't.pop("value")'),
+            ("not from its place: two questions may follow", role, place, f"t {each}", f"i, t in {numbered}"),
+        ),
         times=3,
         answers=lambda to_messages: (to_messages, back),
     )
     refuses(
         checks.check_sharegpt,
-        (r"to_sharegpt: .* is \['user'\]; here .* human, gpt", lambda row: back(row, lambda role: role)),
-        (r"\"from\" is \[None\]", lambda row: back(row, {"user": "human", "assistant": "gpt"}.get)),
-        ("to_sharegpt: id, tags is lost", lambda row: {"conversations": back(row)["conversations"]}),
-        ('"messages" is still there', lambda row: {**row, **back(row)}),
+        *mutants(
+            back,
+            (r"to_sharegpt: .* is \['user'\]; here .* human, gpt", 'SPEAKER[m["role"]]', 'm["role"]'),
+            (r"\"from\" is \[None\]", "SPEAKER[m", '{"user": "human", "assistant": "gpt", "system": None}[m'),
+            ("to_sharegpt: id, tags is lost", "**rest, ", ""),
+            ('"messages" is still there', "**rest", "**row"),
+        ),
         ("to_sharegpt returned None", lambda row: None),
         ("to_sharegpt has no entry for 'conversations': the row has", there),
         times=3,
@@ -103,76 +84,56 @@ def test_sharegpt():
     )
 
 
-def masks(ranges):
-    """A mask of the ranges that `ranges` makes of every answer's (head, first token, end mark)."""
-
-    def answer_mask(ids, head, end):
-        starts = [i for i in range(len(ids) - len(head)) if ids[i : i + len(head)] == head]
-        after = [(i, i + len(head)) for i in starts]
-        found = ranges([(i, first, ids.index(end, first)) for i, first in after if end in ids[first:]])
-        return [any(start <= i < stop for start, stop in found) for i in range(len(ids))]
-
-    return answer_mask
+def mask(ids, head, end):
+    starts = [i + len(head) for i in range(len(ids) - len(head)) if ids[i : i + len(head)] == head]
+    found = [(i, ids.index(end, i) + 1) for i in starts if end in ids[i:]]
+    return [any(start <= i < stop for start, stop in found) for i in range(len(ids))]
 
 
-mask = masks(lambda found: [(first, last + 1) for _, first, last in found])
-no_end = masks(lambda found: [(first, last) for _, first, last in found])
-
-
-def by_state(ids, head, end, fits=None):
-    """The right mask, token by token; `fits(ids before this token)`: an answer begins here."""
-    fits = fits or (lambda before: before[-len(head) :] == head)
+def by_state(ids, head, end):
     marks, inside = [], False
     for i, token in enumerate(ids):
-        inside = inside or fits(ids[:i])
+        inside = inside or ids[:i][-len(head) :] == head
         marks.append(int(inside))
         inside = inside and token != end
     return marks
 
 
-def begun(fits):
-    """A mask that begins after what `fits(the tokens before, head)`."""
-    return lambda ids, head, end: by_state(ids, head, end, lambda before: fits(before, head))
-
-
-def any_turn(before, head):
-    """Questions, system turns and answers: control token, some role, newline."""
-    return len(before) > 2 and before[-3] == head[0] and before[-1] == head[-1]
-
-
-def labels(ids, *marks):
-    return [token if mark else -100 for token, mark in zip(ids, mask(ids, *marks), strict=True)]
-
-
-def every_end(ids, head, end):
-    return [mark or token == end for token, mark in zip(ids, mask(ids, head, end), strict=True)]
+no_end = mutant(mask, "(end, i) + 1", "(end, i)")
 
 
 def test_answer_mask():
     accepts(checks.check_answer_mask, mask, by_state, then(mask, torch.tensor), times=20)
+    marks, begins = "any(start <= i < stop for start, stop in found)", "ids[:i][-len(head) :] == head"
+    any_turn = "i > 2 and ids[i - 3] == head[0] and ids[i - 1] == head[-1]"
     refuses(
         checks.check_answer_mask,
-        ("is a return missing", lambda *_: None),
         ("there must be one for each", then(mask, lambda marks: marks[:-1])),
-        ("labels of −100", labels),
-        ("nothing is marked", masks(lambda found: [])),
-        ("everything is marked", lambda ids, *_: [True] * len(ids)),
-        ("wrong way round", then(mask, lambda marks: [not m for m in marks])),
         ("never learns to stop", no_end),
-        ("only the last answer", masks(lambda found: [(a, b + 1) for _, a, b in found[-1:]])),
-        ("only the first answer", masks(lambda found: [(a, b + 1) for _, a, b in found[:1]])),
-        ("head of the answer is marked", masks(lambda found: [(h, b + 1) for h, _, b in found])),
-        ("newline after the end mark", masks(lambda found: [(a, b + 2) for _, a, b in found])),
-        ("of the questions too", every_end),
-        ("questions are marked as well", begun(any_turn)),
-        ("stop at the end mark", masks(lambda found: [(found[0][1], 10**9)])),
-        ("not one token later", masks(lambda found: [(a + 1, b + 1) for _, a, b in found])),
         ("one place too early", then(mask, lambda marks: [*marks[1:], False])),
         ("one place too late", then(mask, lambda marks: [False, *marks[:-1]])),
-        ("inside a text opens no answer", begun(lambda before, head: before[-2:] == head[1:])),
-        ("one token of the head", begun(lambda before, head: before[-1:] == head[1:2])),
-        ("every turn's first token", begun(lambda before, head: before[-1:] == head[:1])),
-        ("is wrong; they should be", masks(lambda found: [(a, b + 1) for _, a, b in found if b > a])),
+        *mutants(
+            mask,
+            ("labels of −100", marks, f"(ids[i] if {marks} else -100)"),
+            ("nothing is marked", marks, "False"),
+            ("everything is marked", marks, "True"),
+            ("wrong way round", marks, f"not {marks}"),
+            ("only the last answer", "in found)", "in found[-1:])"),
+            ("only the first answer", "in found)", "in found[:1])"),
+            ("head of the answer is marked", "[(i, ", "[(i - len(head), "),
+            ("newline after the end mark", "(end, i) + 1", "(end, i) + 2"),
+            ("of the questions too", marks, f"ids[i] == end or {marks}"),
+            ("stop at the end mark", "ids.index(end, i) + 1", "10**9"),
+            ("not one token later", "[(i, ", "[(i + 1, "),
+            ("is wrong; they should be", "if end in ids[i:]", "if end in ids[i:] and ids[i] != end"),
+        ),
+        *mutants(
+            by_state,
+            ("questions are marked as well", begins, any_turn),
+            ("inside a text opens no answer", begins, "ids[:i][-2:] == head[1:]"),
+            ("one token of the head", begins, "ids[:i][-1:] == head[1:2]"),
+            ("every turn's first token", begins, "ids[:i][-1:] == head[:1]"),
+        ),
         times=3,
     )
 
@@ -219,7 +180,6 @@ def test_shared_trigrams():
     accepts(checks.check_shared_trigrams, share, joined, whole, times=20)
     refuses(
         checks.check_shared_trigrams,
-        ("is a return missing", lambda *_: None),
         ("returned set; a number from 0 to 1", lambda a, b: set(grams(a)) & set(grams(b))),
         ("capitals count", jaccard(lambda text: grams(text, lower=False))),
         ("count as parts of words", jaccard(lambda text: grams(text, pattern=r"\S+"))),
@@ -256,19 +216,11 @@ def by_words(pair):
     return len(pair["chosen"].split()) - len(pair["rejected"].split())
 
 
-def balancer(measure=gap, key=lambda pair: abs(gap(pair)), equal=True, fewer=lambda n: n):
-    """The right answer with one of its parts changed."""
-
-    def balance(pairs):
-        ordered = sorted(pairs, key=key)
-        longer, shorter = [p for p in ordered if measure(p) > 0], [p for p in ordered if measure(p) < 0]
-        count = fewer(min(len(longer), len(shorter)))
-        return [p for p in ordered if measure(p) == 0] * equal + longer[:count] + shorter[:count]
-
-    return balance
-
-
-balance = balancer()
+def balance(pairs):
+    ordered = sorted(pairs, key=lambda pair: abs(gap(pair)))
+    longer, shorter = [p for p in ordered if gap(p) > 0], [p for p in ordered if gap(p) < 0]
+    count = min(len(longer), len(shorter))
+    return [p for p in ordered if gap(p) == 0] + longer[:count] + shorter[:count]
 
 
 def by_popping(pairs):
@@ -293,15 +245,17 @@ def test_balance():
     accepts(checks.check_balance, balance, by_popping, then(balance, reversed, list), times=20)
     refuses(
         checks.check_balance,
-        ("is a return missing", lambda pairs: None),
         ("all are kept: nothing was balanced", lambda pairs: list(pairs)),
         ("equal ones are kept|0 of each are kept", lambda pairs: []),
-        ("keep all pairs of equal length", balancer(equal=False)),
-        ("those with the largest difference are kept", balancer(key=lambda pair: -abs(gap(pair)))),
-        ("difference are kept, others with a smaller", balancer(key=lambda pair: random.random())),
-        ("keep as many|equal ones are kept|nothing was balanced", balancer(measure=by_words)),
-        ("keep the equal ones", balancer(key=lambda pair: abs(by_words(pair)))),
-        ("drop no more than necessary", balancer(fewer=lambda n: n // 2)),
+        *mutants(
+            balance,
+            ("keep all pairs of equal length", "[p for p in ordered if gap(p) == 0] + ", ""),
+            ("those with the largest difference are kept", "abs(gap(pair))", "-abs(gap(pair))"),
+            ("difference are kept, others with a smaller", "abs(gap(pair))", "random.random()"),
+            ("keep as many|equal ones are kept|nothing was balanced", "gap(p)", "by_words(p)"),
+            ("keep the equal ones", "abs(gap(pair))", "abs(by_words(pair))"),
+            ("drop no more than necessary", "len(shorter))", "len(shorter)) // 2"),
+        ),
         ("keep as many of both", lambda pairs: [p for p in pairs if gap(p) <= 0]),
         ("keep as many|of each are|smaller one not", lambda pairs: [p for p in pairs if abs(gap(p)) < 30]),
         ("kept twice", then(balance, lambda pairs: pairs * 2)),
@@ -313,22 +267,15 @@ def test_balance():
     )
 
 
-def splitter(cores=lambda names: list(dict.fromkeys(names)), rng=random.Random, stop=lambda share: share):
-    """The right answer with one of its parts changed."""
-
-    def split(rows, share, seed):
-        names, test, sizes = cores(row["core"] for row in rows), set(), Counter(row["core"] for row in rows)
-        rng(seed).shuffle(names)
-        for core in names:
-            if sum(sizes[name] for name in test) >= stop(share) * len(rows):
-                break
-            test.add(core)
-        return [row for row in rows if row["core"] not in test], [row for row in rows if row["core"] in test]
-
-    return split
-
-
-split = splitter()
+def split(rows, share, seed):
+    cores, sizes, test = [row["core"] for row in rows], Counter(row["core"] for row in rows), set()
+    names = list(dict.fromkeys(cores))
+    random.Random(seed).shuffle(names)
+    for core in names:
+        if sum(sizes[name] for name in test) >= share * len(rows):
+            break
+        test.add(core)
+    return [row for row in rows if row["core"] not in test], [row for row in rows if row["core"] in test]
 
 
 def by_rows(rows, share, seed):
@@ -348,27 +295,25 @@ def counting_down(rows, share, seed):
     return [row for row in rows if row["id"] not in taken], test
 
 
-class Still(random.Random):
-    def shuffle(self, x):
-        pass
-
-
 def test_split():
-    accepts(checks.check_split, split, counting_down, splitter(then(set, sorted)), times=20)
+    from_sorted = mutant(split, "list(dict.fromkeys(cores))", "sorted(set(cores))")
+    accepts(checks.check_split, split, counting_down, from_sorted, times=20)
     refuses(
         checks.check_split,
-        ("is a return missing", lambda *_: None),
         ("things; return|must each be a list", then(split, lambda sides: sides[1])),
         ("train and test are swapped", then(split, lambda sides: sides[::-1])),
         ("list of the rows", then(split, lambda sides: [[row["id"] for row in side] for side in sides])),
         ("cores are on both sides, so train answers what test asks", by_rows),
-        ("take cores until|swapped", splitter(stop=lambda share: 1 - share)),
-        ("then stop", splitter(stop=lambda share: share + 0.2)),
-        ("0 rows in test; take cores", splitter(stop=lambda share: 0)),
-        ("not the global generator", splitter(rng=lambda seed: random)),
-        ("another Python process splits", splitter(then(set, list))),
-        ("every seed gives the same split", splitter(rng=Still)),
-        ("every seed gives the same split", lambda rows, share, seed: split(rows, share, 0)),
+        *mutants(
+            split,
+            ("take cores until|swapped", ">= share *", ">= (1 - share) *"),
+            ("then stop", ">= share *", ">= (share + 0.2) *"),
+            ("0 rows in test; take cores", ">= share *", ">= 0 *"),
+            ("not the global generator", "random.Random(seed)", "random"),
+            ("another Python process splits", "dict.fromkeys(cores)", "set(cores)"),
+            ("every seed gives the same split", "random.Random(seed).shuffle(names)", "pass"),
+            ("every seed gives the same split", "Random(seed)", "Random(0)"),
+        ),
         ("the given list was reordered", lambda rows, *a: random.shuffle(rows) or split(rows, *a)),
         ("1 rows are on neither side", then(split, lambda sides: (sides[0][:-1], sides[1]))),
         ("is on both sides", then(split, lambda sides: (sides[0] + sides[1][:1], sides[1]))),

@@ -159,7 +159,7 @@ def test_a_check_that_says_nothing_is_a_mistake_of_its_author():
         check(lambda answer: None)(right)
 
 
-def test_every_check_of_every_lab_lets_a_stub_pass():
+def test_every_check_of_every_lab_lets_a_stub_pass_and_refuses_an_answer_that_returns_nothing():
     @contextlib.contextmanager
     def manager_stub(*_):
         raise NotImplementedError("your turn (exercise 3)")
@@ -170,6 +170,8 @@ def test_every_check_of_every_lab_lets_a_stub_pass():
     assert len(found) > 30
     for name, each in found:
         if name not in needs_a_model:
-            answers = (stub,) * len(inspect.signature(each).parameters)
-            assert "not attempted yet – exercise 3" in printed_by(each, answers), name
+            count = len(inspect.signature(each).parameters)
+            assert "not attempted yet – exercise 3" in printed_by(each, (stub,) * count), name
+            if name != "check_parity":  # which comes after its answers' own checks
+                refuses(each, ("return missing|two |None|nothing was added", (lambda *_: None,) * count))
     assert "not attempted yet" in printed_by(dict(found)["check_embedding_noise"], manager_stub)
