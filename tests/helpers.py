@@ -136,25 +136,14 @@ def then(answer, *changes):
     return changed
 
 
-def mutants(right, *rows):
-    """Wrong answers: pieces of the right one's source are replaced.
-
-    rows: (message, old, new, old, new, …); returns (message, wrong answer) of each.
-    """
-    found, source = [], textwrap.dedent(inspect.getsource(right))
-    for message, *pieces in rows:
-        changed = source
-        for old, new in zip(pieces[::2], pieces[1::2], strict=True):
-            assert old in changed, f"{old!r} is not in the right answer"
-            changed = changed.replace(old, new)
-        scope = dict(vars(sys.modules[right.__module__]))
-        exec(changed, scope)
-        found.append((message, scope[right.__name__]))
-    return found
-
-
 def mutant(right, *pieces):
-    return mutants(right, ("", *pieces))[0][1]
+    """A wrong answer: the right one with pieces of its source replaced; pieces: old, new, old, new, …"""
+    source = textwrap.dedent(inspect.getsource(right))
+    for old, new in zip(pieces[::2], pieces[1::2], strict=True):
+        assert old in source, f"{old!r} is not in the right answer"
+        source = source.replace(old, new)
+    exec(source, scope := dict(vars(sys.modules[right.__module__])))
+    return scope[right.__name__]
 
 
 def printed_by(check, answer):
@@ -171,13 +160,15 @@ def accepts(check, *answers, times=1):
         assert "✓" in printed_by(check, answer)
 
 
-def refuses(check, *rows, times=1, answers=lambda wrong: wrong):
+def refuses(check, *rows, times=1, right=None, answers=lambda wrong: wrong):
     """Require that a lab's check fails each wrong answer with its message, and list all rows where not.
 
-    rows: (pattern of the message, wrong answer); `answers` makes of it all that the check takes, as a tuple.
+    rows: (pattern of the message, wrong answer), or (pattern, old, new, …) for `right` with these pieces of
+    its source replaced; `answers` makes of a wrong answer all that the check takes, as a tuple.
     """
     missed = []
-    for pattern, wrong in rows * times:
+    for pattern, *wrong in rows * times:
+        wrong = mutant(right, *wrong) if len(wrong) > 1 else wrong[0]
         try:
             said = f"it passes: {printed_by(check, answers(wrong))}"
         except CheckFailed as failure:

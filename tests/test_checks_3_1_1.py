@@ -3,7 +3,7 @@
 import math
 
 import torch
-from helpers import accepts, mutant, mutants, refuses
+from helpers import accepts, mutant, refuses
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,33 +98,31 @@ def test_layer():
     update = "self.scaling * self.drop(x) @ self.lora_A.T @ self.lora_B.T"
     refuses(
         checks.check_lora_linear,
-        *mutants(
-            Right,
-            ("scaled by alpha, not alpha / rank", "alpha / rank", "alpha"),
-            ("not scaled", "alpha / rank", "1.0"),
-            ("√rank", "alpha / rank", "alpha / math.sqrt(rank)"),
-            ("swapped: A is", B, "torch.zeros(rank, base.in_features)", A, "draw(base.out_features, rank)"),
-            ("lora_A is zero and lora_B is random: they are swapped", B, A, f"{A_is}({A})", f"{A_is}({B})"),
-            ("both zero", A, "torch.zeros(rank, base.in_features)"),
-            ("does not start at zero", B, "draw(base.out_features, rank)"),
-            (r"should be \(", A, f"{A}.T", B, f"{B}.T"),
-            ("only sees an nn.Parameter", f"{A_is}({A})", f"self.lora_A = {A}"),
-            ("base.bias, base.weight still trains", frozen, "base"),
-            ("base.bias still trains", frozen, "(base.weight.requires_grad_(False), base)[1]"),
-            ("dropout acts on the base", "self.base(x)", "self.base(self.drop(x))"),
-            ("active in eval mode", "self.drop(x)", "F.dropout(x, self.drop.p)"),
-            ("does nothing in training", "self.drop(x)", "x"),
-            ("0[.][45]. of itself", "self.drop(x)", "(x * self.drop(x).ne(0))"),
-            ("on the update's output", update, f"self.drop({update.replace('self.drop(x)', 'x')})"),
-            ("between A and B", "self.drop(x) @ self.lora_A.T", "self.drop(x @ self.lora_A.T)"),
-            ("base's output is missing", "self.base(x) + ", ""),
-            ("the update is missing", f" + {update}", ""),
-            ("the bias is lost", "self.base(x)", "F.linear(x, self.base.weight)"),
-            ("carries no gradient", update, f"({update}).detach()"),
-            ("lora_A gets no grad", "self.lora_A.T", "self.lora_A.detach().T"),
-            ("off by|PyTorch says", update, "x @ self.lora_A @ self.lora_B"),
-            ("off by|PyTorch says", update, "x @ self.lora_B @ self.lora_A"),
-        ),
+        ("scaled by alpha, not alpha / rank", "alpha / rank", "alpha"),
+        ("not scaled", "alpha / rank", "1.0"),
+        ("√rank", "alpha / rank", "alpha / math.sqrt(rank)"),
+        ("swapped: A is", B, "torch.zeros(rank, base.in_features)", A, "draw(base.out_features, rank)"),
+        ("lora_A is zero and lora_B is random: they are swapped", B, A, f"{A_is}({A})", f"{A_is}({B})"),
+        ("both zero", A, "torch.zeros(rank, base.in_features)"),
+        ("does not start at zero", B, "draw(base.out_features, rank)"),
+        (r"should be \(", A, f"{A}.T", B, f"{B}.T"),
+        ("only sees an nn.Parameter", f"{A_is}({A})", f"self.lora_A = {A}"),
+        ("base.bias, base.weight still trains", frozen, "base"),
+        ("base.bias still trains", frozen, "(base.weight.requires_grad_(False), base)[1]"),
+        ("dropout acts on the base", "self.base(x)", "self.base(self.drop(x))"),
+        ("active in eval mode", "self.drop(x)", "F.dropout(x, self.drop.p)"),
+        ("does nothing in training", "self.drop(x)", "x"),
+        ("0[.][45]. of itself", "self.drop(x)", "(x * self.drop(x).ne(0))"),
+        ("on the update's output", update, f"self.drop({update.replace('self.drop(x)', 'x')})"),
+        ("between A and B", "self.drop(x) @ self.lora_A.T", "self.drop(x @ self.lora_A.T)"),
+        ("base's output is missing", "self.base(x) + ", ""),
+        ("the update is missing", f" + {update}", ""),
+        ("the bias is lost", "self.base(x)", "F.linear(x, self.base.weight)"),
+        ("carries no gradient", update, f"({update}).detach()"),
+        ("lora_A gets no grad", "self.lora_A.T", "self.lora_A.detach().T"),
+        ("off by|PyTorch says", update, "x @ self.lora_A @ self.lora_B"),
+        ("off by|PyTorch says", update, "x @ self.lora_B @ self.lora_A"),
+        right=Right,
     )
 
 
@@ -147,33 +145,29 @@ def test_merge():
     accepts(checks.check_merge, (merge, unmerge))
     refuses(
         checks.check_merge,
-        *mutants(
-            merge,
-            ("added twice", "if not layer.merged", "if True"),
-            ("counts twice", "layer.merged = True", "pass"),
-            ("alpha / rank is missing", "layer.scaling * ", ""),
-            ("subtracted, not added", "+=", "-="),
-            ("A B instead of B A", "layer.lora_B @ layer.lora_A", "layer.lora_A @ layer.lora_B"),
-            ("transposed", update, f"({update}).T"),
-            ("the update alone", "+= ", "+= -layer.base.weight + "),
-            ("nothing was added", "+= ", "+= 0 * "),
-            ("inside torch.no_grad", "@torch.no_grad()", ""),
-            ("inside torch.no_grad", f"+= {update}", f"= nn.Parameter(layer.base.weight + {update})"),
-            ("lora_B after merge", "layer.merged = True", "layer.merged = layer.lora_B.zero_() is not None"),
-        ),
+        ("added twice", "if not layer.merged", "if True"),
+        ("counts twice", "layer.merged = True", "pass"),
+        ("alpha / rank is missing", "layer.scaling * ", ""),
+        ("subtracted, not added", "+=", "-="),
+        ("A B instead of B A", "layer.lora_B @ layer.lora_A", "layer.lora_A @ layer.lora_B"),
+        ("transposed", update, f"({update}).T"),
+        ("the update alone", "+= ", "+= -layer.base.weight + "),
+        ("nothing was added", "+= ", "+= 0 * "),
+        ("inside torch.no_grad", "@torch.no_grad()", ""),
+        ("inside torch.no_grad", f"+= {update}", f"= nn.Parameter(layer.base.weight + {update})"),
+        ("lora_B after merge", "layer.merged = True", "layer.merged = layer.lora_B.zero_() is not None"),
         answers=lambda merge: (merge, unmerge),
+        right=merge,
     )
     refuses(
         checks.check_merge,
-        *mutants(
-            unmerge,
-            ("subtracted twice", "if layer.merged", "if True"),
-            ("merged should be False", "layer.merged = False", "layer.merged = True"),
-            ("added the update again", "-=", "+="),
-            ("alpha / rank is missing in unmerge", "layer.scaling * ", ""),
-            ("unmerge did nothing", "if layer.merged", "if False"),
-        ),
+        ("subtracted twice", "if layer.merged", "if True"),
+        ("merged should be False", "layer.merged = False", "layer.merged = True"),
+        ("added the update again", "-=", "+="),
+        ("alpha / rank is missing in unmerge", "layer.scaling * ", ""),
+        ("unmerge did nothing", "if layer.merged", "if False"),
         answers=lambda unmerge: (merge, unmerge),
+        right=unmerge,
     )
 
 

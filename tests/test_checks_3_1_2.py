@@ -1,7 +1,7 @@
 """Every check of lab 3.1.2 passes the right answer and names each wrong one that people really give."""
 
 import torch
-from helpers import accepts, mutant, mutants, refuses, then
+from helpers import accepts, mutant, refuses, then
 from torch import nn
 from torch.nn import functional as F
 
@@ -107,36 +107,34 @@ def test_layer():
     accepts(checks.check_dora_linear, Right)
     refuses(
         checks.check_dora_linear,
-        *mutants(
-            Right,
-            ("the norm runs over the wrong axis", first, "nn.Parameter(length(base.weight.T))"),
-            ("starts at zero", first, "nn.Parameter(0 * length(base.weight))"),
-            ("it starts at one", first, "nn.Parameter(torch.ones(base.out_features))"),
-            ("self.magnitude is Tensor: the optimizer only sees", f"self.magnitude = {first}",
-             'self.register_buffer("magnitude", length(base.weight))'),
-            ("base.(weight|bias), base.(weight|bias) still trains", "base.requires_grad_(False)", "base"),
-            ("the norm is not detached", *not_detached),
-            ("the norm runs over the wrong axis", volume, f"{volume}torch.t(", ").detach()", ")).detach()"),
-            ("the norm is that of W alone", *norm_of_W),
-            ("missing in the norm", "+ self.scaling * self.lora_B", "+ self.lora_B"),
-            ("magnitude has no effect", volume, "g = self.magnitude / self.magnitude.detach() + 0 * length("),
-            ("not divided by the norm", volume, "g = self.magnitude + 0 * length("),
-            ("the bias is scaled too", out, f"g * (self.base(x) + {note})"),
-            ("the bias is lost", out, f"g * (plain + {note})"),
-            ("note's share is not scaled", out, f"g * plain + {note} + {bias}"),
-            ("the base's share is not scaled", out, f"self.base(x) + g * {note}"),
-            ("appear only in the norm", out, f"g * plain + {bias}"),
-            ("magnitude gets no gradient", "self.magnitude / ", "self.magnitude.detach() / "),
-            ("inputs, not the outputs", "dropped =", scaled),
-            ("handled as LoRA's", "F.linear(dropped", "F.linear(x"),
-            ("dropout is drawn twice", "F.linear(dropped", f"F.linear({dropped}"),
-            ("the base's too", out, f"g * (plain + {note}) + {bias}"),
-            ("on the change of volume only", "dropped @", "x @"),
-            ("active in eval mode", dropped, "F.dropout(x, self.dropout)"),
-            ("does nothing in training", dropped, "x"),
-            ("does not grow", dropped, "x * (torch.rand_like(x) >= self.dropout) if self.training else x"),
-            ("does not allow", dropped, "F.dropout(x, 0.3 * (self.dropout > 0), self.training)"),
-        ),
+        ("the norm runs over the wrong axis", first, "nn.Parameter(length(base.weight.T))"),
+        ("starts at zero", first, "nn.Parameter(0 * length(base.weight))"),
+        ("it starts at one", first, "nn.Parameter(torch.ones(base.out_features))"),
+        ("self.magnitude is Tensor: the optimizer only sees", f"self.magnitude = {first}",
+         'self.register_buffer("magnitude", length(base.weight))'),
+        ("base.(weight|bias), base.(weight|bias) still trains", "base.requires_grad_(False)", "base"),
+        ("the norm is not detached", *not_detached),
+        ("the norm runs over the wrong axis", volume, f"{volume}torch.t(", ").detach()", ")).detach()"),
+        ("the norm is that of W alone", *norm_of_W),
+        ("missing in the norm", "+ self.scaling * self.lora_B", "+ self.lora_B"),
+        ("magnitude has no effect", volume, "g = self.magnitude / self.magnitude.detach() + 0 * length("),
+        ("not divided by the norm", volume, "g = self.magnitude + 0 * length("),
+        ("the bias is scaled too", out, f"g * (self.base(x) + {note})"),
+        ("the bias is lost", out, f"g * (plain + {note})"),
+        ("note's share is not scaled", out, f"g * plain + {note} + {bias}"),
+        ("the base's share is not scaled", out, f"self.base(x) + g * {note}"),
+        ("appear only in the norm", out, f"g * plain + {bias}"),
+        ("magnitude gets no gradient", "self.magnitude / ", "self.magnitude.detach() / "),
+        ("inputs, not the outputs", "dropped =", scaled),
+        ("handled as LoRA's", "F.linear(dropped", "F.linear(x"),
+        ("dropout is drawn twice", "F.linear(dropped", f"F.linear({dropped}"),
+        ("the base's too", out, f"g * (plain + {note}) + {bias}"),
+        ("on the change of volume only", "dropped @", "x @"),
+        ("active in eval mode", dropped, "F.dropout(x, self.dropout)"),
+        ("does nothing in training", dropped, "x"),
+        ("does not grow", dropped, "x * (torch.rand_like(x) >= self.dropout) if self.training else x"),
+        ("does not allow", dropped, "F.dropout(x, 0.3 * (self.dropout > 0), self.training)"),
+        right=Right,
     )  # fmt: skip
 
 
@@ -207,24 +205,22 @@ def test_movement():
     accepts(checks.check_movement, movement, then(movement, lambda pair: (pair[0].item(), pair[1].item())))
     refuses(
         checks.check_movement,
-        *mutants(
-            movement,
-            ("cancel", f"{longer}.abs()", longer),
-            ("cancel|absolute value of the mean", ".abs().mean()", ".mean().abs()"),
-            ("ΔM of a 8×8 weight: it is the sum", ".abs().mean()", ".abs().sum()"),
-            ("squared", ".abs().mean()", ".square().mean()"),
-            ("share of the old length", longer, "(length(after) / length(before) - 1)"),
-            ("length of the rows' difference", longer, "length(after - before)"),
-            ("wrong axis", longer, "(length(after.T) - length(before.T))"),
-            ("the two are swapped", f"moved, {turned}", f"{turned}, moved"),
-            ("that is the cosine", turned, "cosine.mean()"),
-            ("that is the angle", turned, "cosine.acos().mean()"),
-            ("ΔD of a 8×8 weight: it is the sum", turned, "(1 - cosine).sum()"),
-            ("the cosine runs over the wrong axis", "dim=1", "dim=0"),
-            ("lengths are still in it", "torch.cosine_similarity", "(lambda a, b, dim: (a * b).sum(dim))"),
-            ("two numbers, .* not Tensor", f", {turned}", ""),
-            ("two numbers, .* None", turned, "None"),
-        ),
+        ("cancel", f"{longer}.abs()", longer),
+        ("cancel|absolute value of the mean", ".abs().mean()", ".mean().abs()"),
+        ("ΔM of a 8×8 weight: it is the sum", ".abs().mean()", ".abs().sum()"),
+        ("squared", ".abs().mean()", ".square().mean()"),
+        ("share of the old length", longer, "(length(after) / length(before) - 1)"),
+        ("length of the rows' difference", longer, "length(after - before)"),
+        ("wrong axis", longer, "(length(after.T) - length(before.T))"),
+        ("the two are swapped", f"moved, {turned}", f"{turned}, moved"),
+        ("that is the cosine", turned, "cosine.mean()"),
+        ("that is the angle", turned, "cosine.acos().mean()"),
+        ("ΔD of a 8×8 weight: it is the sum", turned, "(1 - cosine).sum()"),
+        ("the cosine runs over the wrong axis", "dim=1", "dim=0"),
+        ("lengths are still in it", "torch.cosine_similarity", "(lambda a, b, dim: (a * b).sum(dim))"),
+        ("two numbers, .* not Tensor", f", {turned}", ""),
+        ("two numbers, .* None", turned, "None"),
+        right=movement,
     )
 
 

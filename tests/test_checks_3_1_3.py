@@ -1,14 +1,13 @@
 """Every check of lab 3.1.3 passes the right answer and names each wrong one that people really give."""
 
 import math
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 
 import torch
-from helpers import accepts, printed_by, refuses, then
+from helpers import accepts, mutant, printed_by, refuses, then
 
 from spark_ft import adapters_disabled, sequence_logps
-from spark_ft.adapters import adapted_layers
+from spark_ft.adapters import adapted_layers  # noqa: F401  a wrong answer uses it
 from spark_ft.lab.checks import lab_3_1_3 as checks
 from spark_ft.methods.neftune import neftune, neftune_noise
 
@@ -65,17 +64,13 @@ def test_noisy_embeddings():
         ("alpha=0 draws random numbers", lambda e, a: e + uniform(e, bound_of(e, a))),
         ("in place", lambda e, a: e.add_(uniform(e, bound_of(e, a)))),
         ("did not come from torch's own generator", shaped(seeded)),
-        (
-            "two calls gave the same noise|torch's own generator",
-            lambda e, a: torch.manual_seed(0) and noisy(e, a),
-        ),
+        ("two calls gave the same noise|torch's own", lambda e, a: torch.manual_seed(0) and noisy(e, a)),
         ("into torch.float32", shaped(lambda e, b: torch.empty(e.shape).uniform_(-b, b))),
         ("carry no gradient", torch.no_grad()(noisy)),
         ("carry no gradient", lambda e, a: noisy(e.detach(), a)),
         ("there is no noise", lambda e, a: e),
         ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
         ("should give", then(noisy, lambda out: out[0])),
-        ("is a return missing", lambda *_: None),
         ("nan or inf", lambda e, a: e / 0),
     )
 
@@ -114,57 +109,21 @@ def test_true_length_noise():
         ("padding's embeddings were erased", changed(kept=lambda e, n: real(e, n)[..., None])),
         ("alpha=0 draws random numbers", changed(zero=False)),
         ("no noise", lambda e, a, n: e),
-        ("is a return missing", lambda *_: None),
     )
 
 
-def trains(module, out):
-    return module.training and torch.is_grad_enabled()
-
-
-def embedding(model):
-    return [model.get_input_embeddings()]
-
-
 @contextmanager
-def right(
-    model, alpha, when=trains, give=neftune_noise, where=embedding, removed=bool, first=lambda model: 0
-):
-    def add_noise(module, _, out):
-        return give(out, alpha) if when(module, out) else out
+def right(model, alpha):
+    layer = model.get_input_embeddings()
 
-    first(model)
-    hooks = [layer.register_forward_hook(add_noise) for layer in where(model)]
-    end = "an error"
+    def add_noise(module, _, out):
+        return neftune_noise(out, alpha) if module.training and torch.is_grad_enabled() else out
+
+    hook = layer.register_forward_hook(add_noise)
     try:
         yield model
-        end = "the end"
     finally:
-        for hook in hooks * removed(end):
-            hook.remove()
-
-
-def manager(**parts):
-    """The right answer with one of its parts changed."""
-    return partial(right, **parts)
-
-
-@contextmanager
-def swallows(model, alpha):
-    with right(model, alpha), suppress(KeyError):
-        yield model
-
-
-@torch.no_grad()
-def weight_changed(module, out=None):
-    module.get_parameter("weight").add_(0.01 * torch.randn_like(module.weight))
-    return True
-
-
-def same_noise(out, alpha):
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return neftune_noise(out, alpha)
+        hook.remove()
 
 
 @contextmanager
@@ -172,7 +131,8 @@ def patched_forward(model, alpha):
     """No hook, but as good."""
     layer = model.get_input_embeddings()
     plain = layer.forward
-    layer.forward = lambda ids: neftune_noise(plain(ids), alpha) if trains(layer, None) else plain(ids)
+    now = lambda: alpha if layer.training and torch.is_grad_enabled() else 0  # noqa: E731
+    layer.forward = lambda ids: neftune_noise(plain(ids), now())
     try:
         yield model
     finally:
@@ -181,108 +141,72 @@ def patched_forward(model, alpha):
 
 def test_embedding_noise():
     accepts(checks.check_embedding_noise, right, neftune, patched_forward)
+    where, when = "layer = model.get_input_embeddings()", "module.training and torch.is_grad_enabled()"
+    gives, cleans = "neftune_noise(out, alpha)", "    finally:\n        hook.remove()"
+    hooks, shaken = "register_forward_hook(add_noise)", "add_(0.01 * torch.randn_like(layer.weight))"
     refuses(
         checks.check_embedding_noise,
-        ("noise in eval mode", manager(when=lambda module, out: True)),
-        ("noise in eval mode", manager(when=lambda module, out: torch.is_grad_enabled())),
-        ("under torch.no_grad", manager(when=lambda module, out: module.training)),
-        ("the embedding is frozen", manager(when=lambda module, out: module.training and out.requires_grad)),
-        ("no noise in training", manager(when=lambda module, out: not module.training)),
-        (
-            "after an error inside the block .* hook was left on.*finally",
-            manager(removed=lambda end: end == "the end"),
-        ),
-        ("after the block .* left on", manager(removed=lambda end: False)),
-        ("swallowed", swallows),
-        ("weight was changed|there is noise|reaches", manager(first=lambda m: weight_changed(m.embed))),
-        ("weight was changed", manager(when=weight_changed)),
-        ("changed in place", manager(give=lambda out, alpha: out.add_(neftune_noise(0 * out, alpha)))),
-        ("gets no gradient", manager(give=lambda out, alpha: neftune_noise(out.detach(), alpha))),
-        ("but its bound should be", manager(give=lambda out, a: out + a / 20 * torch.randn_like(out))),
-        ("but its bound should be", manager(give=lambda out, alpha: neftune_noise(out, alpha / 2))),
-        ("alpha=0", manager(give=lambda out, alpha: neftune_noise(out, alpha + 1e-9))),
-        ("positions' embedding has noise", manager(where=lambda model: [model.embed, model.places])),
-        ("no noise in training", manager(where=lambda model: [model.places])),
-        ("no noise in training", manager(where=lambda model: [model])),
-        ("no noise in training", manager(give=lambda out, alpha: None)),  # the hook forgets to return
-        ("two passes got the same noise", manager(give=same_noise)),
-        ("switched the model to training", manager(first=lambda model: model.train())),
+        ("noise in eval mode", when, "True"),
+        ("noise in eval mode", when, "torch.is_grad_enabled()"),
+        ("under torch.no_grad", when, "module.training"),
+        ("the embedding is frozen", when, "module.training and out.requires_grad"),
+        ("no noise in training", when, "not module.training"),
+        ("after an error .* hook was left on.*finally", "finally", "except GeneratorExit: ...\n    else"),
+        ("after the block .* left on", "hook.remove()", "pass"),
+        ("swallowed", cleans, f"    except KeyError:\n        pass\n{cleans}"),
+        ("weight was changed|there is noise|reaches", where, f"{where}; layer.weight.data.{shaken}"),
+        ("weight was changed", gives, f"(layer.weight.data.{shaken}, {gives})[1]"),
+        ("changed in place", gives, "out.add_(neftune_noise(0 * out, alpha))"),
+        ("gets no gradient", gives, "neftune_noise(out.detach(), alpha)"),
+        ("but its bound should be", gives, "out + alpha / 20 * torch.randn_like(out)"),
+        ("but its bound should be", gives, "neftune_noise(out, alpha / 2)"),
+        ("alpha=0", gives, "neftune_noise(out, alpha + 1e-9)"),
+        ("positions' embedding has noise", "hook =", f"model.places.{hooks}\n    hook ="),
+        ("no noise in training", where, "layer = model.places"),
+        ("no noise in training", where, "layer = model"),
+        ("no noise in training", gives, "None"),  # the hook forgets to return
+        ("two passes got the same noise", gives, f"(torch.manual_seed(3), {gives})[1]"),
+        ("switched the model to training", where, f"{where}; model.train()"),
         ("returns generator", lambda model, alpha: (x for x in [model])),
-        ("returns NoneType", lambda model, alpha: None),
-    )
+        right=right,
+    )  # fmt: skip
 
 
-def reference(model, batch, off=adapters_disabled, which=lambda model: model, back=None, careful=True):
-    """The base's log-probabilities; each part can be changed."""
-    module = which(model)
-    training = module.training if back is None else back
-    module.eval()
-    failed = True
+def reference(model, batch):
+    training = model.training
+    model.eval()
     try:
-        with torch.no_grad(), off(model):
-            out = sequence_logps(model, batch)[0]
-        failed = False
-        return out
+        with torch.no_grad(), adapters_disabled(model):
+            return sequence_logps(model, batch)[0]
     finally:
-        if careful or not failed:
-            module.train(training)
-
-
-def the_bug(model, batch, first=lambda embedding: None):
-    first(model.get_input_embeddings())
-    with torch.no_grad(), adapters_disabled(model):
-        return sequence_logps(model, batch)[0]
-
-
-@contextmanager
-def adapters_on(model):
-    yield
-
-
-@contextmanager
-def adapters_stay_off(model):
-    for layer in adapted_layers(model).values():
-        layer.enabled = False
-    yield
-
-
-@contextmanager
-def with_gradient(model):
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with adapters_disabled(model), torch.enable_grad():
-        yield
-
-
-def gradients_off(out):
-    torch.set_grad_enabled(False)
-    return out
+        model.train(training)
 
 
 def test_reference_logps():
     # As good if nothing else draws numbers: only the layer with the noise leaves its training mode.
-    embedding_alone = partial(reference, which=lambda model: model.get_input_embeddings())
+    layer, back = "model.get_input_embeddings()", "model.train(training)"
+    embedding_alone = mutant(reference, "= model.", f"= {layer}.", "model.eval", f"{layer}.eval",
+                             "model.train(", f"{layer}.train(")  # fmt: skip
+    logps, disabled = "sequence_logps(model, batch)[0]", "with torch.no_grad(), adapters_disabled(model):"
+    careless = f"out = {logps}; {back}; return out"
+    embedding_trains = f"{layer}.weight.requires_grad_(), model.eval()"
+    off = "[setattr(layer, 'enabled', False) for layer in adapted_layers(model).values()]"
     accepts(checks.check_reference_logps, reference, embedding_alone)
     refuses(
         checks.check_reference_logps,
-        ("two calls differ: the noise reaches the reference", the_bug),
-        ("was in training mode, and is not", partial(reference, back=False)),
-        ("was in eval mode, and is not", partial(reference, back=True)),
-        ("after an error .* stayed in eval", partial(reference, careful=False)),
-        ("that is the policy", partial(reference, off=adapters_on)),
-        ("carries a gradient", partial(reference, off=with_gradient)),
-        ("the adapters stayed off", partial(reference, off=adapters_stay_off)),
-        (
-            "the noise is gone from training too",
-            partial(the_bug, first=lambda layer: layer._forward_hooks.clear()),
-        ),
-        (
-            "the noise is gone from training too",
-            partial(the_bug, first=lambda layer: vars(layer).update(neftune_noise_alpha=0)),
-        ),
-        ("off by up to", partial(the_bug, first=lambda layer: torch.manual_seed(0))),
-        ("gradients stayed off", then(reference, gradients_off)),
-        ("shape", then(reference, torch.mean)),
-        ("is a return missing", lambda *_: None),
+        ("two calls differ: the noise reaches the reference", "model.eval()", "pass"),
+        ("was in training mode, and is not", back, "model.eval()"),
+        ("was in eval mode, and is not", back, "model.train()"),
+        ("after an error .* stayed in eval", back, "pass", f"return {logps}", careless),
+        ("that is the policy", ", adapters_disabled(model)", ""),
+        ("carries a gradient", "no_grad", "enable_grad", "model.eval()", embedding_trains),
+        ("the adapters stayed off", disabled, f"{off}\n        with torch.no_grad():"),
+        ("gone from training too", "model.eval()", f"{layer}._forward_hooks.clear()"),
+        ("gone from training too", "model.eval()", f"vars({layer}).update(neftune_noise_alpha=0)"),
+        ("off by up to", "model.eval()", "torch.manual_seed(0)"),
+        ("gradients stayed off", back, f"{back}; torch.set_grad_enabled(False)"),
+        ("shape", "[0]", "[0].mean()"),
+        right=reference,
     )
 
 
@@ -290,11 +214,11 @@ def test_parity():
     accepts(checks.check_parity, (noisy, right))
     said = printed_by(checks.check_parity, (neftune_noise, neftune))
     assert "noise bit for bit, loss bit for bit, gradient bit for bit" in said
-    doubled = manager(give=lambda out, alpha: neftune_noise(out, 2 * alpha))
+    doubled = mutant(right, "(out, alpha)", "(out, 2 * alpha)")
     refuses(
         checks.check_parity,
         ("noise: yours and", (bounded(lambda e, a: a / math.sqrt(e.shape[1])), right)),
         ("noise: yours and transformers' differ", (shaped(lambda e, b: -uniform(e, b)), right)),
         ("loss: yours", (noisy, doubled)),
-        ("loss: yours", (noisy, manager(when=lambda module, out: False))),
+        ("loss: yours", (noisy, mutant(right, "module.training", "False"))),
     )

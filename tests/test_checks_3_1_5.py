@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import accepts, mutant, mutants, printed_by, refuses, then
+from helpers import accepts, mutant, printed_by, refuses, then
 
 from spark_ft.lab.checks import lab_3_1_5 as checks
 from spark_ft.lab.parity import double_quantization_against_bitsandbytes
@@ -30,28 +30,26 @@ def test_quantize():
     accepts(checks.check_quantize, quantize, with_midpoints)
     refuses(
         checks.check_quantize,
-        *mutants(
-            quantize,
-            ("one scale for the whole weight", absmax, "blocks.abs().max().expand(len(blocks))"),
-            ("not the largest magnitude", absmax, "blocks.amax(1)"),
-            ("mean magnitude", absmax, "blocks.abs().mean(1)"),
-            ("standard deviation", absmax, "blocks.std(1)"),
-            ("from smallest to largest", absmax, "blocks.amax(1) - blocks.amin(1)"),
-            ("blocks run down the columns", "weight.reshape", "weight.T.reshape"),
-            ("one number per block is enough", "), absmax", "), absmax[:, None]"),
-            ("not divided by their block's absmax", divided, "blocks"),
-            ("whole weight's largest magnitude", divided, "blocks / absmax.max()"),
-            ("are not the nearest level's", divided, "blocks * absmax[:, None]"),
-            ("the level below", nearest, "((scaled >= code).sum(-1) - 1)"),
-            ("the level above", nearest, "((scaled > code).sum(-1) % len(code))"),
-            ("equally spaced levels", nearest, "((scaled[..., 0] + 1) * (len(code) - 1) / 2).round()"),
-            ("counted from the top", nearest, f"(len(code) - 1 - {nearest})"),
-            ("make them bytes", ".to(torch.uint8)", ".float()"),
-            ("a row per block", nearest, f"{nearest}.flatten()"),
-            ("count from 0", nearest, f"({nearest} + 1)"),
-            ("two tensors", "), absmax", ")"),
-            ("PyTorch says", "weight.reshape(-1, block_size)", "weight.view(block_size, -1, 3)"),
-        ),
+        ("one scale for the whole weight", absmax, "blocks.abs().max().expand(len(blocks))"),
+        ("not the largest magnitude", absmax, "blocks.amax(1)"),
+        ("mean magnitude", absmax, "blocks.abs().mean(1)"),
+        ("standard deviation", absmax, "blocks.std(1)"),
+        ("from smallest to largest", absmax, "blocks.amax(1) - blocks.amin(1)"),
+        ("blocks run down the columns", "weight.reshape", "weight.T.reshape"),
+        ("one number per block is enough", "), absmax", "), absmax[:, None]"),
+        ("not divided by their block's absmax", divided, "blocks"),
+        ("whole weight's largest magnitude", divided, "blocks / absmax.max()"),
+        ("are not the nearest level's", divided, "blocks * absmax[:, None]"),
+        ("the level below", nearest, "((scaled >= code).sum(-1) - 1)"),
+        ("the level above", nearest, "((scaled > code).sum(-1) % len(code))"),
+        ("equally spaced levels", nearest, "((scaled[..., 0] + 1) * (len(code) - 1) / 2).round()"),
+        ("counted from the top", nearest, f"(len(code) - 1 - {nearest})"),
+        ("make them bytes", ".to(torch.uint8)", ".float()"),
+        ("a row per block", nearest, f"{nearest}.flatten()"),
+        ("count from 0", nearest, f"({nearest} + 1)"),
+        ("two tensors", "), absmax", ")"),
+        ("PyTorch says", "weight.reshape(-1, block_size)", "weight.view(block_size, -1, 3)"),
+        right=quantize,
     )
 
 
@@ -118,18 +116,16 @@ def test_dequantize():
     accepts(checks.check_dequantize, dequantize)
     refuses(
         checks.check_dequantize,
-        *mutants(
-            dequantize,
-            ("scales are missing", *no_scales),
-            ("not looked up", looked_up, "codes"),
-            ("divided by absmax", " * ", " / "),
-            ("scales run across the columns", "absmax[:, None]", "absmax"),
-            ("first one's scale", "absmax[:, None]", "absmax[0]"),
-            ("equally spaced levels", looked_up, "(codes * 2 / (len(code) - 1) - 1)"),
-            ("transposed", ".view(shape)", ".view(shape).T"),
-            ("has shape", ".view(shape)", ""),
-            ("PyTorch says", ".long()", ""),
-        ),
+        ("scales are missing", *no_scales),
+        ("not looked up", looked_up, "codes"),
+        ("divided by absmax", " * ", " / "),
+        ("scales run across the columns", "absmax[:, None]", "absmax"),
+        ("first one's scale", "absmax[:, None]", "absmax[0]"),
+        ("equally spaced levels", looked_up, "(codes * 2 / (len(code) - 1) - 1)"),
+        ("transposed", ".view(shape)", ".view(shape).T"),
+        ("has shape", ".view(shape)", ""),
+        ("PyTorch says", ".long()", ""),
+        right=dequantize,
     )
 
 
