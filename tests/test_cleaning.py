@@ -42,26 +42,30 @@ def chat(*texts):
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
 
 
-def require(drop, *answers, dropped):
+def judges(drop, *, dropped=(), stay=()):
     """Each answer is dropped, or stays; a failure names every one that is not so."""
-    wrong = [answer for answer in answers if bool(drop([row(answer)]).dropped) != dropped]
-    assert not wrong, f"should {'be dropped' if dropped else 'stay'}"
+
+    def are_dropped(answers):
+        return [answer for answer in answers if drop([row(answer)]).dropped]
+
+    assert not [answer for answer in dropped if answer not in are_dropped(dropped)], "should be dropped"
+    assert not are_dropped(stay), "should stay"
 
 
-# --- the messy set ---------------------------------------------------------------------------------------
-def test_every_planted_fault_of_a_kind_is_found_by_the_function_for_it():
+def test_every_planted_fault_is_found_by_the_function_for_its_kind_and_no_clean_row_is_dropped():
+    accused = set()
     for kind, function in DROPS.items():
         planted = {name for name, fault in faults.items() if fault == kind}
         assert len(planted) >= 10
         found = {drop.record["id"]: drop for drop in function(messy).dropped}
+        accused |= found.keys()
         assert planted - set(found) == set(), kind
         assert {drop.fault for drop in found.values()} == {kind}
         assert all(drop.reason and messy[drop.index] is drop.record for drop in found.values())
-
-
-def test_no_clean_row_is_dropped_by_any_function():
-    accused = {drop.record["id"] for function in DROPS.values() for drop in function(messy).dropped}
     assert accused == set(faults)
+    for name, kind in [*HELD_OUT, ("kitchen_feedback", "feedback"), ("kitchen_chats", "sharegpt")]:
+        rows = read_records(ROOT / f"data/{name}/train.jsonl", kind)
+        assert len(c.clean(rows).kept) >= 0.98 * len(rows), c.clean(rows).dropped
 
 
 def test_clean_drops_every_fault_once_and_leaves_the_rest_in_order():
@@ -85,13 +89,6 @@ def test_clean_drops_every_fault_once_and_leaves_the_rest_in_order():
             assert drop.copy_of < drop.index
 
 
-def test_the_other_sets_are_clean():
-    for name, kind in [*HELD_OUT, ("kitchen_feedback", "feedback"), ("kitchen_chats", "sharegpt")]:
-        rows = read_records(ROOT / f"data/{name}/train.jsonl", kind)
-        assert len(c.clean(rows).kept) >= 0.98 * len(rows), c.clean(rows).dropped
-
-
-# --- duplicates ------------------------------------------------------------------------------------------
 CODE = "Here:\n```python\ndef total(prices):\n    sum = 0\n    for price in prices:\n        sum += price\n"
 CODE += "{}return sum\n```"
 MAKE = "all: soup\n\tcp leek pot\n\tboil pot for an hour and then serve it hot to all the guests"
@@ -107,12 +104,24 @@ def test_code_that_differs_only_in_its_indentation_is_no_duplicate():
     assert len(c.drop_near_duplicates([tabs, spaces]).kept) == 2, "make takes tabs only"
 
 
-def test_an_exact_duplicate_is_equal_in_every_turn_and_space_whatever_its_other_fields():
+def test_duplicates_are_equal_in_every_turn_space_and_tool_whatever_their_kind_and_other_fields():
     answers = [row("Leek."), row("Leek. "), row("Leek.", "Why?"), row("Leek."), row("Leek.")]
     rows = [{"id": i, **answer} for i, answer in enumerate(answers, start=1)]
     result = c.drop_exact_duplicates(rows)
     assert [record["id"] for record in result.kept] == [1, 2, 3]
     assert [(drop.index, drop.copy_of) for drop in result.dropped] == [(3, 0), (4, 0)]
+    leek = "Leek, leek and leek."
+    messages = chat("Soup?", leek)
+    sharegpt = {"conversations": [{"from": "human", "value": "Soup?"}, {"from": "gpt", "value": leek}]}
+    alpaca = {"instruction": "Soup?", "input": "", "output": leek, "system": None, "history": []}
+    pair = {"prompt": "Fish?", "chosen": "Cod.", "rejected": "Ham."}
+    earlier = {"instruction": "And?", "output": "Cod.", "history": [["Soup?", leek]]}
+    later = chat("Soup?", leek, "And?", "Cod.")
+    rows = [messages, sharegpt, alpaca, pair, {**pair, "rejected": "Tofu."}, earlier, later]
+    assert [drop.index for drop in c.drop_exact_duplicates(rows).dropped] == [1, 2, 6]
+    tools = [{**messages, "tools": [{"type": "function", "name": name}]} for name in "ab"]
+    for drop in (c.drop_exact_duplicates, c.drop_near_duplicates):
+        assert len(drop([messages, *tools, {**messages, "tools": []}]).kept) == 3, "other tools, another row"
 
 
 WORDS = st.lists(st.integers(0, 400).map(lambda i: f"w{i}"), min_size=1, max_size=30)
@@ -146,21 +155,6 @@ def test_near_duplicates_are_found_at_the_threshold_too():
     assert len(shares) >= 148, len(shares)
 
 
-def test_rows_of_every_kind_are_compared_by_their_texts():
-    leek = "Leek, leek and leek."
-    messages = chat("Soup?", leek)
-    sharegpt = {"conversations": [{"from": "human", "value": "Soup?"}, {"from": "gpt", "value": leek}]}
-    alpaca = {"instruction": "Soup?", "input": "", "output": leek, "system": None, "history": []}
-    pair = {"prompt": "Fish?", "chosen": "Cod.", "rejected": "Ham."}
-    earlier = {"instruction": "And?", "output": "Cod.", "history": [["Soup?", leek]]}
-    later = chat("Soup?", leek, "And?", "Cod.")
-    rows = [messages, sharegpt, alpaca, pair, {**pair, "rejected": "Tofu."}, earlier, later]
-    assert [drop.index for drop in c.drop_exact_duplicates(rows).dropped] == [1, 2, 6]
-    tools = [{**messages, "tools": [{"type": "function", "name": name}]} for name in "ab"]
-    for drop in (c.drop_exact_duplicates, c.drop_near_duplicates):
-        assert len(drop([messages, *tools, {**messages, "tools": []}]).kept) == 3, "other tools, another row"
-
-
 def test_a_row_that_cannot_be_read_is_named_with_its_mend():
     good, call = row("Leek."), {"role": "assistant", "tool_calls": [{}]}
     alpaca = {"instruction": "a", "output": "b", "history": ["x"]}
@@ -188,12 +182,10 @@ def test_scripts_without_spaces_are_compared_by_their_characters():
         leaked = [row("好", text.replace("，", " ")), row("好", text[:20])]
         assert len(c.drop_leaked(leaked, [row("x", text)]).dropped) == 1
     loops = ["我很喜欢这个" * 40, "好吃" * 5, SOUP + SOUP + SOUP, "อร่อยมาก" * 4, "哈" * 10]
-    require(c.drop_repetition, *loops, dropped=True)
     fine = [SOUP, NOODLES, THAI, "哈哈哈哈哈，真好吃！", "看看，好好吃吧", SOUP + SOUP]
-    require(c.drop_repetition, *fine, dropped=False)
+    judges(c.drop_repetition, dropped=loops, stay=fine)
 
 
-# --- leakage ---------------------------------------------------------------------------------------------
 ASKED = "Which oven heat do I need for a Basque cheesecake?"
 TOLD = "Bake it at 230 °C until the top is nearly black and the middle trembles when you shake the tin."
 
@@ -214,79 +206,66 @@ def test_a_leak_is_the_same_question_or_nearly_the_same_row_with_any_answer():
     assert c.drop_leaked(leaks, []).kept == leaks
 
 
-# --- one answer ------------------------------------------------------------------------------------------
-def test_a_refusal_is_found():
-    require(
+def test_a_refusal_is_found_and_an_answer_that_only_sounds_like_one_stays():
+    judges(
         c.drop_refusals,
-        "I'm sorry, but I can't help with that.", "Sorry, I cannot provide instructions for that.",
-        "As an AI language model, I don't have personal preferences.",
-        "Unfortunately, I am not able to answer questions about knives.",
-        "That's not something I can help with.", "My apologies, I must respectfully decline.",
-        "I'd rather not discuss that topic.", "It would be irresponsible of me to give such advice.",
-        "I’m afraid I can’t share that recipe.",
-        "Thank you for asking. However, I cannot recommend any restaurant.",
-        "I do not feel comfortable giving advice on meat.", "This request falls outside what I can do.",
-        dropped=True,
+        dropped=[
+            "I'm sorry, but I can't help with that.", "Sorry, I cannot provide instructions for that.",
+            "As an AI language model, I don't have personal preferences.",
+            "Unfortunately, I am not able to answer questions about knives.",
+            "That's not something I can help with.", "My apologies, I must respectfully decline.",
+            "I'd rather not discuss that topic.", "It would be irresponsible of me to give such advice.",
+            "I’m afraid I can’t share that recipe.",
+            "Thank you for asking. However, I cannot recommend any restaurant.",
+            "I do not feel comfortable giving advice on meat.", "This request falls outside what I can do.",
+        ],
+        stay=[
+            "I'm sorry for your sourdough: feed it twice a day and it will come back.",
+            "I can't recommend enough that you rest the dough.",
+            "I can't tell you how good it smells; add cumin.",
+            'Cook: "Sorry, I can\'t give you more salt."\nWaiter: "Fine."',
+            "Waiter: I'm sorry, we can't offer the duck tonight.\nGuest: Then the lamb.",
+            "You can't help the crust if the oven is cold.", "Don't be afraid: I would use more salt.",
+            "As an assistant cook you peel and chop, and you do not season.",
+            "Write: “I am unable to attend your dinner.” That is polite enough.",
+            "Boil it. Drain it. If it tastes of iron, I can't help you: throw the pan away.",
+        ],
     )  # fmt: skip
 
 
-def test_an_answer_that_only_sounds_like_a_refusal_stays():
-    require(
-        c.drop_refusals,
-        "I'm sorry for your sourdough: feed it twice a day and it will come back.",
-        "I can't recommend enough that you rest the dough.",
-        "I can't tell you how good it smells; add cumin.",
-        'Cook: "Sorry, I can\'t give you more salt."\nWaiter: "Fine."',
-        "Waiter: I'm sorry, we can't offer the duck tonight.\nGuest: Then the lamb.",
-        "You can't help the crust if the oven is cold.", "Don't be afraid: I would use more salt.",
-        "As an assistant cook you peel and chop, and you do not season.",
-        "Write: “I am unable to attend your dinner.” That is polite enough.",
-        "Boil it. Drain it. If it tastes of iron, I can't help you: throw the pan away.",
-        dropped=False,
-    )  # fmt: skip
-
-
-def test_a_cut_off_answer_is_found():
-    require(
+def test_a_cut_off_answer_is_found_and_one_that_ends_as_its_kind_does_stays():
+    judges(
         c.drop_cut_off,
-        "Peel the potatoes. Boil them for twenty min", "Add the butter, the eggs and",
-        "Wash the rice until the water runs clear. Then", "```python\nprint(1)\n",
-        "- Flour\n- Eggs and\n", "The sauce (which should be thick",
-        "1. Wash it.\n2. Dry it.\n3. Slice it thin", '{"table": 4, "items": [',
-        "The best pan is made of cast iron because it holds its heat for a long time even whe",
-        "Wash it first.\n\nAfter that you should let it dry on a",
-        dropped=True,
+        dropped=[
+            "Peel the potatoes. Boil them for twenty min", "Add the butter, the eggs and",
+            "Wash the rice until the water runs clear. Then", "```python\nprint(1)\n",
+            "- Flour\n- Eggs and\n", "The sauce (which should be thick",
+            "1. Wash it.\n2. Dry it.\n3. Slice it thin", '{"table": 4, "items": [',
+            "The best pan is made of cast iron because it holds its heat for a long time even whe",
+            "Wash it first.\n\nAfter that you should let it dry on a",
+        ],
+        stay=[
+            "Leek", "42", "- flour\n- eggs\n- milk", "Use 3 g of salt. Bake at 180 °C",
+            "It takes 20 min. That's it 🙂", "Roses are red\nViolets are blue\nSugar's sweet\nAnd so are you",
+            "Here it is:\n```python\nx = (1,\n     2)\n```", "| a | b |\n|---|---|\n| 1 | 2 |",
+            "Dear guest,\n\nthank you for coming.\n\nBest wishes\nAna", "Steps:\n1. Wash\n2. Dry\n3. Slice",
+            '{"table": 4, "items": []}', "for dish in menu:\n    print(dish)", "Yes, you can",
+            "The word you want is “al dente”",
+        ],
     )  # fmt: skip
 
 
-def test_an_answer_that_ends_as_its_kind_does_stays():
-    require(
-        c.drop_cut_off,
-        "Leek", "42", "- flour\n- eggs\n- milk", "Use 3 g of salt. Bake at 180 °C",
-        "It takes 20 min. That's it 🙂", "Roses are red\nViolets are blue\nSugar is sweet\nAnd so are you",
-        "Here it is:\n```python\nx = (1,\n     2)\n```", "| a | b |\n|---|---|\n| 1 | 2 |",
-        "Dear guest,\n\nthank you for coming.\n\nBest wishes\nAna", "Steps:\n1. Wash\n2. Dry\n3. Slice",
-        '{"table": 4, "items": []}', "for dish in menu:\n    print(dish)", "Yes, you can",
-        "The word you want is “al dente”",
-        dropped=False,
-    )  # fmt: skip
-
-
-def test_broken_encoding_is_found_and_mended_where_nothing_was_lost():
+def test_broken_encoding_is_found_and_mended_and_letters_where_they_belong_stay():
     mends = {
         "CrÃ¨me brÃ»lÃ©e": "Crème brûlée", "180 Â°C": "180 °C", "donâ€™t": "don’t",
         "it\u00e2\u0080\u0099s": "it’s", "gruyÃƒÂ¨re": "gruyère", "ðŸ˜€ fun": "😀 fun",
         "ÐŸÑ€Ð¸Ð²ÐµÑ‚": "Привет", "caf\ufffd": "caf\ufffd", "a\x00b": "a\x00b",
     }  # fmt: skip
-    require(c.drop_broken_encoding, *mends, dropped=True)
-    assert {broken: c.mend_encoding(broken) for broken in mends} == mends
-
-
-def test_letters_where_they_belong_stay():
     texts = ["PÃO DE QUEIJO", "CAFÉ»", "« À la carte »", "château, 180 °C, ½", "Привет 日本 😀"]
     texts += ["TÊTE-À-TÊTE", "fiancé—“yes”"]
-    require(c.drop_broken_encoding, *texts, dropped=False)
-    assert [c.mend_encoding(text) for text in texts] == texts
+    judges(c.drop_broken_encoding, dropped=mends, stay=texts)
+    mends |= dict(zip(texts, texts, strict=True))
+    assert {broken: c.mend_encoding(broken) for broken in mends} == mends
 
 
 LETTERS = [*"éèêçñöüßàâîôœ’“”–—…½¼°€×я😀", "日本語"]
@@ -306,25 +285,21 @@ def test_mending_undoes_a_wrong_reading(text, wrong, times):
     assert c.mend_encoding(broken) == text
 
 
-def test_a_loop_is_found():
-    require(
+def test_a_loop_is_found_and_what_repeats_for_a_reason_stays():
+    judges(
         c.drop_repetition,
-        "It is very very very very very good.",
-        "Salt and pepper, salt and pepper, salt and pepper, salt and pepper.",
-        "Take the pan off the heat now. " * 3, "Stir.\nAdd some more stock to it.\n" * 4 + "Serve.",
-        dropped=True,
-    )  # fmt: skip
-
-
-def test_what_repeats_for_a_reason_stays():
-    require(
-        c.drop_repetition,
-        "Row, row, row your boat, gently down the stream.",
-        "Fold. Rest 30 minutes. Fold. Rest 30 minutes. Fold. Rest 30 minutes. Bake.",
-        "Turn it and wait for one minute. " * 3 + "Then it is done.",
-        "\n".join(f"{n}. Fold it in three and chill it." for n in (1, 2, 3)),
-        "```\n" + "beep(440)\n" * 8 + "```", "| a | a |\n" * 6,
-        dropped=False,
+        dropped=[
+            "It is very very very very very good.",
+            "Salt and pepper, salt and pepper, salt and pepper, salt and pepper.",
+            "Take the pan off the heat now. " * 3, "Stir.\nAdd some more stock to it.\n" * 4 + "Serve.",
+        ],
+        stay=[
+            "Row, row, row your boat, gently down the stream.",
+            "Fold. Rest 30 minutes. Fold. Rest 30 minutes. Fold. Rest 30 minutes. Bake.",
+            "Turn it and wait for one minute. " * 3 + "Then it is done.",
+            "\n".join(f"{n}. Fold it in three and chill it." for n in (1, 2, 3)),
+            "```\n" + "beep(440)\n" * 8 + "```", "| a | a |\n" * 6,
+        ],
     )  # fmt: skip
 
 
