@@ -34,8 +34,7 @@ def words(text: str) -> list[str]:
     return ["#" if w.isdigit() or w in WORDS else w for w in re.findall(r"[a-z]+|\d+", text.lower())]
 
 
-# --- the files, their generator and their card ------------------------------------------------------
-def test_the_card_tells_each_files_rows_tokens_and_hash():
+def test_the_card_tells_each_files_counts_tokens_and_hash():
     card = (FOLDER / "README.md").read_text()
     tokenizer = load_tokenizer()
     for split in SPLITS:
@@ -50,6 +49,17 @@ def test_the_card_tells_each_files_rows_tokens_and_hash():
     note = tokenizer(rows["train"][0]["prompt"], add_special_tokens=False).input_ids
     own = len(render(rows["train"][0], tokenizer)[0]) - len(note) + 1  # and the answer's end of turn
     assert f"{own} of them are the template's own" in card
+    card = (FOLDER / "README.md").read_text()
+    count = {}
+    for phrasing in ("seen", "unseen"):
+        count[phrasing] = len({r["style"] for s in SPLITS for r in rows[s] if r["phrasing"] == phrasing})
+    seen, unseen = (dishes_of(kind) for kind in ("seen", "unseen"))
+    assert f"| train, validation | {count['seen']} seen | {len(seen)} seen | 600, 100 |" in card
+    assert f"| test | {count['unseen']} unseen | {len(unseen)} unseen | 50 |" in card
+    assert (count["seen"] >= 12, count["unseen"] >= 8, len(seen) >= 40, len(unseen) >= 15) == (True,) * 4
+    parts = {split: Counter((row["phrasing"], row["dishes"]) for row in rows[split]) for split in SPLITS}
+    test = {("seen", "seen"): 100, ("unseen", "seen"): 50, ("unseen", "unseen"): 50}
+    assert parts == {"train": {("seen", "seen"): 600}, "validation": {("seen", "seen"): 100}, "test": test}
 
 
 def test_the_cards_example_is_a_ticket_that_the_generator_could_write(generator):
@@ -61,30 +71,12 @@ def test_the_cards_example_is_a_ticket_that_the_generator_could_write(generator)
     assert note in notes
 
 
-def test_the_cards_counts_are_the_files():
-    card = (FOLDER / "README.md").read_text()
-    count = {}
-    for phrasing in ("seen", "unseen"):
-        count[phrasing] = len({r["style"] for s in SPLITS for r in rows[s] if r["phrasing"] == phrasing})
-    seen, unseen = (dishes_of(kind) for kind in ("seen", "unseen"))
-    assert f"| train, validation | {count['seen']} seen | {len(seen)} seen | 600, 100 |" in card
-    assert f"| test | {count['unseen']} unseen | {len(unseen)} unseen | 50 |" in card
-    assert (count["seen"] >= 12, count["unseen"] >= 8, len(seen) >= 40, len(unseen) >= 15) == (True,) * 4
-
-
-# --- a row ------------------------------------------------------------------------------------------
 def dishes_of(kind: str) -> set[str]:
     tickets = (json.loads(row["completion"]) for s in SPLITS for row in rows[s] if row["dishes"] == kind)
     return {item["dish"] for ticket in tickets for item in ticket["items"]}
 
 
-def test_splits_have_their_sizes_and_parts():
-    parts = {split: Counter((row["phrasing"], row["dishes"]) for row in rows[split]) for split in SPLITS}
-    test = {("seen", "seen"): 100, ("unseen", "seen"): 50, ("unseen", "unseen"): 50}
-    assert parts == {"train": {("seen", "seen"): 600}, "validation": {("seen", "seen"): 100}, "test": test}
-
-
-def test_every_ticket_is_compact_with_its_keys_in_order_and_nothing_empty():
+def test_every_ticket_is_compact_ordered_and_what_its_note_says():
     for row in every_row:
         ticket = json.loads(row["completion"])
         assert row["completion"] == json.dumps(ticket, separators=(",", ":"))
@@ -97,9 +89,6 @@ def test_every_ticket_is_compact_with_its_keys_in_order_and_nothing_empty():
             assert all(text for text in item.values())
             wishes = len(item) - 2
             assert wishes <= (2 if len(ticket["items"]) == 1 else 1), "the card promises no more"
-
-
-def test_every_value_of_a_ticket_stands_in_its_note():
     for row in every_row:
         note = row["prompt"].removeprefix("Kitchen ticket as JSON:\n")
         assert note != row["prompt"], "the lead-in is the same in every row"
@@ -127,8 +116,7 @@ def test_a_note_says_nothing_of_food_that_its_ticket_leaves_out(generator):
                 assert not left, f"{wish!r} is left in {rest!r}"
 
 
-# --- held out is held out ---------------------------------------------------------------------------
-def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation():
+def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation_and_of_their_own(generator):
     learned = rows["train"] + rows["validation"]
     notes = "\n".join(row["prompt"].lower() for row in learned)
     unseen = dishes_of("unseen")
@@ -139,9 +127,6 @@ def test_unseen_dishes_and_phrasings_are_nowhere_in_train_or_validation():
         styles[row["phrasing"]].add(row["style"])
     assert styles["seen"] == {row["style"] for row in learned}, "each seen phrasing is trained on and tested"
     assert not styles["unseen"] & styles["seen"]
-
-
-def test_phrasings_are_sentences_of_their_own(generator):
     """Two phrasings differ in what is left of a note once dishes, wishes and numbers are taken away."""
     order = {"table": 7, "items": [{"qty": 2, "dish": "dish", "how": "how", "no": "no", "add": "add"}] * 2}
     frames = {}
@@ -155,7 +140,7 @@ def test_phrasings_are_sentences_of_their_own(generator):
             assert not frames[name] & frames[other], f"{name} and {other} can write the same note"
 
 
-def test_no_note_is_equal_or_nearly_equal_across_splits():
+def test_no_note_is_nearly_equal_across_splits_or_twice_in_one_and_no_order_in_two():
     def trigrams(row):
         w = words(row["prompt"])
         return set(zip(w, w[1:], w[2:], strict=False))
@@ -167,8 +152,6 @@ def test_no_note_is_equal_or_nearly_equal_across_splits():
             nearest = max(len(g & k) / len(g | k) for k in known)
             assert nearest < 0.6, f"{row['prompt']!r}: {nearest:.0%} of its trigrams are an earlier one's"
 
-
-def test_no_order_comes_twice_across_splits_and_no_note_within_one():
     def order(row):
         ticket = json.loads(row["completion"])
         return json.dumps({key: value for key, value in ticket.items() if key != "table"})
