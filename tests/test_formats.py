@@ -38,7 +38,6 @@ def unchanged(convert, row):
     return result
 
 
-# --- there and back --------------------------------------------------------------------------------------
 @given(rows(conversations=turns("from", "value", list(SHAREGPT))))
 def test_sharegpt_to_messages_and_back_is_the_same_row_in_the_same_order(row):
     there = unchanged(f.sharegpt_to_messages, row)
@@ -86,16 +85,13 @@ def test_a_system_beside_a_conversation_becomes_its_first_turn_and_comes_back(ro
     assert f.messages_to_sharegpt(there) == row
 
 
-def test_empty_optional_fields_are_as_good_as_absent():
+def test_empty_optional_fields_are_as_good_as_absent_and_blank_lines_come_back():
     for empty in (None, "", " ", []):
         extra = {"system": empty, "history": empty, "tools": empty, "images": empty}
         converted = f.alpaca_to_messages({**ALPACA, **extra})
         assert converted["messages"] == f.alpaca_to_messages(ALPACA)["messages"]
         assert "system" not in f.sft_to_messages({**SFT, **extra})
         assert f.messages_to_alpaca({**CHAT, **extra})["instruction"] == "Soup?"
-
-
-def test_alpaca_comes_back_when_the_texts_hold_blank_lines():
     for instruction, input in [("a\n\nb", "c"), ("a", "b\n\nc"), ("a\n", "\nb"), ("a\n\n", "b")]:
         row = {"instruction": instruction, "input": input, "output": "x"}
         assert f.messages_to_alpaca(f.alpaca_to_messages(row)) == row
@@ -123,14 +119,11 @@ def test_messages_to_chatml_and_back_is_the_same_chat(messages):
     assert f.chatml_to_messages(f.messages_to_chatml(row)) == row
 
 
-def test_chatml_reads_what_the_embedded_models_template_writes():
+def test_chatml_reads_what_the_template_writes_and_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]
     text = load_tokenizer().apply_chat_template(messages, tokenize=False)
     assert f.chatml_to_messages(text) == {"messages": messages}
     assert f.messages_to_chatml({"messages": messages}) == text
-
-
-def test_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
     path = ROOT / "data/kitchen_chats/train.jsonl"
     chats = [f.sharegpt_to_messages(row) for row in read_records(path, "sharegpt")]
     write_records(tmp_path / "chats.jsonl", chats)
@@ -139,7 +132,6 @@ def test_the_kitchen_chats_come_back_byte_for_byte(tmp_path):
     assert (tmp_path / "back.jsonl").read_bytes() == path.read_bytes()
 
 
-# --- pairs and thumbs ------------------------------------------------------------------------------------
 PAIR = {"prompt": st.sampled_from(["a", "b", "c"]), "chosen": TEXT, "rejected": TEXT, "core": TEXT}
 DIFFERENT = st.fixed_dictionaries(PAIR).filter(lambda pair: pair["chosen"] != pair["rejected"])
 PAIRS = st.lists(DIFFERENT, max_size=6)
@@ -155,7 +147,7 @@ def test_pairs_come_back_from_their_thumbs(pairs):
     assert f.thumbs_to_pairs(thumbs) == grouped
 
 
-def test_thumbs_that_find_no_partner_make_no_pair():
+def test_thumbs_that_find_no_partner_make_no_pair_and_middle_ratings_no_thumb():
     thumb = {"prompt": "p", "completion": "good", "label": True, "cook": "Ana", "n": 1}
     lonely = {**thumb, "completion": "also good", "n": 2}
     down = {**thumb, "completion": "bad", "label": False, "n": 3}
@@ -166,31 +158,23 @@ def test_thumbs_that_find_no_partner_make_no_pair():
     for field in ("system", "tools"):
         asked = {field: "Be brief." if field == "system" else [{"type": "function"}]}
         assert f.thumbs_to_pairs([thumb, {**down, **asked}]) == [], f"another {field} is another prompt"
-
-
-def test_ratings_become_thumbs_and_the_middle_is_dropped():
     rows = [{"prompt": "p", "completion": str(n), "rating": n} for n in (1, 2, 2.5, 3.9, 4, 5)]
     thumbs = f.ratings_to_thumbs(rows)
     assert {thumb["rating"]: thumb["label"] for thumb in thumbs} == {1: False, 2: False, 4: True, 5: True}
     assert f.thumbs_to_pairs(thumbs)[0] == {"prompt": "p", "chosen": "4", "rejected": "1"}
 
 
-# --- datasets --------------------------------------------------------------------------------------------
-def test_a_dataset_gives_back_the_rows_with_fields_that_only_some_have():
+def test_a_dataset_gives_back_the_rows_also_converted_ones():
     question, answer = CHAT["messages"]
     rows = [CHAT, {**CHAT, "id": 3}, {"messages": [{**question, "name": "Ana"}, answer]}]
     dataset = f.to_dataset(rows)
     assert dataset.column_names == ["messages", "id"]
     assert f.from_dataset(dataset) == rows
-
-
-def test_a_converted_dataset_is_the_converted_rows():
     rows = read_records(ROOT / "data/kitchen_chats/train.jsonl", "sharegpt")
     mapped = f.to_dataset(rows).map(f.sharegpt_to_messages, remove_columns=["conversations"])
     assert f.from_dataset(mapped) == [f.sharegpt_to_messages(row) for row in rows]
 
 
-# --- errors ----------------------------------------------------------------------------------------------
 def test_a_bad_row_is_named_by_field_and_mend():
     def turn(who, text, **more):
         return {"from": who, "value": text, **more}
