@@ -15,15 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from spark_ft.data.batches import (
-    collate_feedback,
-    collate_preferences,
-    collate_sft,
-    feedback_batches,
-    preference_batches,
-    sft_batches,
-    with_prompt,
-)
+from spark_ft import collate_feedback, collate_preferences, collate_sft, with_prompt
+from spark_ft.data.batches import feedback_batches, preference_batches, sft_batches
 from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation
 from spark_ft.data.formats import sft_to_messages, sharegpt_to_messages, to_dataset
 from spark_ft.data.records import check_records, iter_records, read_records, write_records
@@ -68,13 +61,17 @@ GOOD = {
 }
 
 
-def test_read_records_returns_the_rows_of_every_kind_with_their_extra_fields(tmp_path):
+def test_records_of_every_kind_are_read_one_line_at_a_time_with_their_extra_fields(tmp_path):
     for kind, row in GOOD.items():
         rows = [row, {**row, "style": "colon", "n": 3, "tools": None, "system": "", "history": []}]
         path = tmp_path / "good.jsonl"
         lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
         path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
         assert read_records(path, kind) == rows
+    rows = iter_records(write(tmp_path / "mine.jsonl", ROW, "not JSON"), "sft")
+    assert next(rows) == ROW, "the first row should come before the second is looked at"
+    with pytest.raises(ValueError, match=":2: malformed"):
+        next(rows)
 
 
 def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path):
@@ -130,7 +127,7 @@ def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path):
     complains(*calls)
 
 
-def test_a_bad_file_is_named_with_its_mend(tmp_path):
+def test_a_bad_file_and_values_that_are_not_pythons_own_are_named_with_their_mend(tmp_path):
     latin, empty, blank, none = (tmp_path / f"{name}.jsonl" for name in ("latin", "empty", "blank", "none"))
     latin.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "cr\xe8me", "completion": "a"}\n')
     empty.write_text("")
@@ -146,9 +143,6 @@ def test_a_bad_file_is_named_with_its_mend(tmp_path):
         (check_records, ([ROW], "pairs"), known),
         (check_records, ([], "sft"), "an empty data set"),
     )
-
-
-def test_values_that_are_not_pythons_own_are_named_with_their_mend():
     array = np.array([{"role": "user", "content": "a"}])
     numpy = "call its .tolist()"
     complains(
@@ -160,13 +154,6 @@ def test_values_that_are_not_pythons_own_are_named_with_their_mend():
         (check_records, ([{**ROW, "prompt": b"a"}], "sft"), "must be a text, not a bytes; write it as one"),
     )
     assert check_records([{**ROW, "prompt": np.str_("a"), "n": np.int64(3)}], "sft"), "notes may be anything"
-
-
-def test_iter_records_reads_one_line_at_a_time(tmp_path):
-    rows = iter_records(write(tmp_path / "mine.jsonl", ROW, "not JSON"), "sft")
-    assert next(rows) == ROW, "the first row should come before the second is looked at"
-    with pytest.raises(ValueError, match=":2: malformed"):
-        next(rows)
 
 
 # --- rendering -------------------------------------------------------------------------------------------
@@ -241,7 +228,7 @@ def test_a_template_that_fails_or_loses_a_text_is_refused(tokenizer):
     ]))  # fmt: skip
 
 
-def test_a_template_may_trim_and_spell_and_open_the_answer(tokenizer):
+def test_a_template_may_trim_spell_and_open_the_answer_and_renders_system_and_tools(tokenizer):
     thought = {**ROW, "completion": " <think>\ntwo\n  and two\n</think>\n\nLeek."}
     quotes = chat(*CHAT["messages"], turn("user", 'A "1"?'), CHAT["messages"][1])
     trims = "m.content.replace('<think>\n', '<think>').replace('\n</think>\n\n', '</think>') | trim"
@@ -254,9 +241,6 @@ def test_a_template_may_trim_and_spell_and_open_the_answer(tokenizer):
     for row, template, content, learned in cases:
         _, completion = render(row, with_template(tokenizer, template, content))
         assert tokenizer.decode(completion) == learned
-
-
-def test_system_and_tools_beside_the_turns_are_rendered(tokenizer):
     tools = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>' }}{% endif %}"
     for row in (ROW, CHAT):
         prompt, _ = render({**row, "tools": TOOLS}, with_template(tokenizer, tools + PLAIN))
@@ -296,18 +280,6 @@ def test_collate_sft_unpads_to_the_rendered_rows(tokenizer, rows):
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-@given(rows=ROWS, spare=st.integers(1, 80))
-def test_truncation_keeps_the_completion_and_the_end_of_the_prompt(tokenizer, rows, spare):
-    rendered = [render(row, tokenizer) for row in rows]
-    max_length = max(len(completion) for _, completion in rendered) + spare
-    kept = list(unpad(collate_sft(rows, tokenizer, max_length)))
-    for (prompt, completion), (kept_prompt, kept_completion) in zip(rendered, kept, strict=True):
-        assert kept_completion == completion
-        assert kept_prompt == prompt[-(max_length - len(completion)) :]
-        assert len(kept_prompt) >= 1
-        assert len(kept_prompt) + len(completion) <= max_length
-
-
 def test_rows_that_do_not_fit_or_never_were_in_a_file_are_refused_too(tokenizer):
     question = {"messages": CHAT["messages"][:1]}
     missing, none = 'row 1: "prompt" is missing; a row of kind', "an empty data set: no rows to train on"
@@ -337,23 +309,16 @@ def answers(batch, tokenizer):
 
 
 @settings(max_examples=25)
-@given(count=st.integers(1, 13), batch_size=st.integers(1, 9), seed=st.integers(0, 5))
-def test_sft_batches_visits_every_row_once_an_epoch(tokenizer, count, batch_size, seed):
-    batches = sft_batches(numbered(count), tokenizer, batch_size, seed)
+@given(count=st.integers(1, 13), size=st.integers(1, 9), seed=st.integers(0, 5), data=st.data())
+def test_sft_batches_visits_each_row_once_an_epoch_by_seed_and_step(tokenizer, count, size, seed, data):
+    batches = sft_batches(numbered(count), tokenizer, size, seed)
     stream = [row for step in range(3 * count) for row in answers(batches(step), tokenizer)]
-    assert len(stream) == 3 * count * batch_size
+    assert len(stream) == 3 * count * size
     for start in range(0, len(stream), count):
         assert sorted(stream[start : start + count]) == list(range(count)), "an epoch must hold each row once"
-
-
-@settings(max_examples=25)
-@given(steps=st.lists(st.integers(0, 400), min_size=1, max_size=6), seed=st.integers(0, 5))
-def test_sft_batches_is_a_function_of_seed_and_step_alone(tokenizer, steps, seed):
-    rows = numbered(11)
-    asked_in_this_order = sft_batches(rows, tokenizer, 4, seed)
-    for step in steps:
+    for step in data.draw(st.lists(st.integers(0, 400), min_size=1, max_size=6)):
         torch.rand(1)  # the global generator must play no part
-        assert same(asked_in_this_order(step), sft_batches(rows, tokenizer, 4, seed)(step)), step
+        assert same(batches(step), sft_batches(numbered(count), tokenizer, size, seed)(step)), step
 
 
 def test_sft_batches_shuffles_by_seed_and_by_epoch_and_tokenizes_each_row_once(tokenizer):
@@ -409,8 +374,7 @@ def test_the_template_with_generation_marks_renders_the_same_text(tokenizer, cha
     for messages in (*(chat["messages"] for chat in chats), system, CHAT["messages"][:1]):
         for prompting in (False, True):
             how = {"tokenize": False, "add_generation_prompt": prompting}
-            texts = {each.apply_chat_template(messages, **how) for each in (marked, tokenizer)}
-            assert len(texts) == 1
+            assert len({each.apply_chat_template(messages, **how) for each in (marked, tokenizer)}) == 1
 
 
 def test_what_is_learned_equals_trls_marks(tokenizer, chats):
@@ -431,15 +395,12 @@ def test_what_is_learned_equals_trls_marks(tokenizer, chats):
     assert list(ours(chats, tokenizer, last_answer)) == trl_marks(texts, tokenizer, completion_only=True)
 
 
-def test_all_answers_refuses_a_template_that_rewrites_earlier_answers(tokenizer, chats):
+def test_all_answers_learns_none_of_weight_0_and_refuses_a_template_that_rewrites_some(tokenizer, chats):
     rewritten = "(m.content if loop.last or m.role != 'assistant' else m.content.split(' ')[-1])"
     forgetful = with_template(tokenizer, PLAIN, rewritten)
     collate_sft(chats, forgetful, 4096)  # the last answers are whole
     complains((collate_sft, (chats, forgetful, 4096, all_answers), "changes this answer", "learn the last"))
     assert all_answers(ROW, tokenizer) == last_answer(sft_to_messages(ROW), tokenizer)
-
-
-def test_an_answer_of_weight_0_is_not_learned(tokenizer):
     user, right = CHAT["messages"]
     wrong = turn("assistant", "WRONG", weight=0)
     last_wrong = {"messages": [user, right, user, wrong]}
@@ -510,7 +471,7 @@ def test_a_side_of_a_pair_with_its_prompt_is_what_collate_sft_makes(tokenizer, r
     assert {len(tensor) for tensor in batch.values()} == {len(rows)}, "train slices every tensor by rows"
 
 
-def test_a_long_prompt_loses_its_start_alike_on_both_sides(tokenizer):
+def test_a_long_prompt_loses_its_start_on_both_sides_and_a_thumb_is_mismatched_with_the_one_before(tokenizer):
     row = {**PAIR, "prompt": "Long ago, " * 50, "rejected": "No, no, no and no."}
     prompt, chosen = render({"prompt": row["prompt"], "completion": row["chosen"]}, tokenizer)
     _, rejected = render({"prompt": row["prompt"], "completion": row["rejected"]}, tokenizer)
@@ -521,9 +482,6 @@ def test_a_long_prompt_loses_its_start_alike_on_both_sides(tokenizer):
     assert batch["rejected_ids"].tolist() == [rejected]
     with pytest.raises(ValueError, match=f"row 0: a completion of .* raise it to {len(rejected) + 1}"):
         collate_preferences([row], tokenizer, max_length=len(rejected))
-
-
-def test_a_thumb_is_mismatched_with_the_completion_before_it(tokenizer):
     rows = [{"prompt": f"Table {i}?", "completion": "A" * (i + 1), "label": i != 1} for i in range(3)]
     batch = collate_feedback(rows, tokenizer)
     assert batch["desirable"].tolist() == [True, False, True]
