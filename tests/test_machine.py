@@ -10,7 +10,6 @@ from spark_ft.memory.machine import GIB, MemoryBudget, budget, measure
 from spark_ft.memory.tracker import Tracker
 
 
-# --- what the machine has -----------------------------------------------------------------------------------
 def system(monkeypatch, total, available):
     memory = SimpleNamespace(total=total, available=available)
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
@@ -53,8 +52,7 @@ def limited(folder, limit, used, cache):
     return {f"{folder}/memory.max": limit, f"{folder}/memory.current": used, f"{folder}/memory.stat": stat}
 
 
-def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monkeypatch, container):
-    # after a 60 GB file was written: MemFree, and so CUDA's free, 41.5 GiB; MemAvailable 115.7
+def test_a_unified_gpu_goes_by_what_the_kernel_calls_available_not_by_what_it_tells(monkeypatch, container):
     gpu(monkeypatch, True, round(119.7 * GIB), round(41.5 * GIB))
     system(monkeypatch, round(119.7 * GIB), round(115.7 * GIB))
     group = {"proc/self/cgroup": "0::/\n", **limited("sys/fs/cgroup", 10 * GIB, GIB, 0)}
@@ -66,9 +64,6 @@ def test_a_gb10_with_a_full_page_cache_has_what_the_kernel_calls_available(monke
     assert room.total == round(119.7 * GIB)
     gpu(monkeypatch, True, round(119.7 * GIB), round(41.5 * GIB), cached=2 * GIB)
     assert budget().free == round(115.7 * GIB) + 2 * GIB  # torch's own cache is no part of MemAvailable
-
-
-def test_a_unified_gpu_that_cannot_tell_its_memory_goes_by_the_system(monkeypatch):
     gpu(monkeypatch, True, 0, 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", unknown(RuntimeError("not supported")))
     system(monkeypatch, 120 * GIB, 100 * GIB)
@@ -129,7 +124,6 @@ def test_what_is_unknown_is_unknown(monkeypatch, container):
     assert budget("mps").available is None
 
 
-# --- what a block took --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("process", [False, True])
 def test_measure_sees_memory_that_is_gone_again(process):
     with measure("cpu", process) as quiet:
@@ -141,15 +135,7 @@ def test_measure_sees_memory_that_is_gone_again(process):
     assert quiet.extra < 10e6
 
 
-def test_a_mapped_file_is_no_memory_of_the_process(tmp_path):
-    torch.from_file(str(tmp_path / "numbers"), True, 25_000_000).fill_(1.0)
-    with measure("cpu", process=True) as process:
-        mapped = torch.from_file(str(tmp_path / "numbers"), False, 25_000_000)
-        mapped.sum()
-    assert process.extra < 20e6
-
-
-def test_measure_on_cuda_is_the_allocators_peak(monkeypatch):
+def test_measure_on_cuda_is_the_allocators_peak_and_a_mapped_file_is_no_memory(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: said.append("reset"))
@@ -157,9 +143,14 @@ def test_measure_on_cuda_is_the_allocators_peak(monkeypatch):
     with measure("cuda") as memory_of_block:
         said.append("block")
     assert (memory_of_block.extra, said) == (250, ["reset", "block"])
+    torch.from_file(str(tmp_path / "numbers"), True, 25_000_000).fill_(1.0)
+    with measure("cpu", process=True) as process:
+        mapped = torch.from_file(str(tmp_path / "numbers"), False, 25_000_000)
+        mapped.sum()
+    assert process.extra < 20e6
 
 
-def test_the_tracker_counts_new_memory_once_and_forgets_what_is_freed():
+def test_the_tracker_counts_new_memory_once_what_replays_make_and_their_products():
     given = torch.ones(1000)
     with Tracker() as tracker:
         given.mul_(2)
@@ -178,9 +169,6 @@ def test_the_tracker_counts_new_memory_once_and_forgets_what_is_freed():
         tracker.count(given, "other")
     assert tracker.peak == 4000
     assert tracker.moments["later"] == (4000, {"tensors": 0, "weights": 4000})
-
-
-def test_the_tracker_sees_what_custom_functions_and_replays_make_and_counts_their_products():
     from torch.utils.checkpoint import checkpoint
 
     x = torch.ones(50, 40, requires_grad=True)
