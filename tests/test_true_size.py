@@ -33,18 +33,15 @@ def test_two_layers_run_on_the_cpu_and_are_stored_with_their_origin(tmp_path, ca
         assert run["losses"][-1] < run["losses"][0]  # it does learn its one row
 
 
-def test_without_a_gpu_and_a_path_nothing_is_written(monkeypatch, tmp_path, capsys):
+def test_without_a_path_nothing_is_stored_and_what_was_comes_back_newest_last(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(giant, "MEASURED", tmp_path / "gpu")
     monkeypatch.setattr(giant, "measure_run", lambda *_: {"runs": []})
     giant.main(["--layers", "1", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out)["runs"] == []
     assert giant.stored() == []
-
-
-def test_what_was_stored_comes_back_newest_last(monkeypatch, tmp_path):
-    monkeypatch.setattr(giant, "MEASURED", tmp_path)
+    giant.MEASURED.mkdir()
     for name, date in (("b", "2026-01-02"), ("a", "2026-03-04")):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"date": date}))
+        (giant.MEASURED / f"{name}.json").write_text(json.dumps({"date": date}))
     assert [one["date"] for one in giant.stored()] == ["2026-01-02", "2026-03-04"]
 
 
@@ -57,16 +54,13 @@ def test_the_shape_of_70b_is_llamas_own():
     assert giant.giant_config(2).num_hidden_layers == 2
 
 
-def test_a_random_model_is_in_nf4_but_for_embeddings_norms_and_head():
+def test_a_random_model_is_in_nf4_but_for_its_ends_and_a_layer_takes_a_step_of_its_adapters():
     model = giant.random_nf4_model(LlamaConfig(**SMALL, num_hidden_layers=2), "cpu", torch.float32)
     linear = [(name, m) for name, m in model.named_modules() if hasattr(m, "in_features")]
     kinds = {name.rpartition(".")[2]: isinstance(m, NF4Linear) for name, m in linear}
     assert {name for name, quantized in kinds.items() if not quantized} == {"lm_head"}
     assert not [p for p in model.parameters() if p.is_meta or p.requires_grad]
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
-
-
-def test_one_layer_takes_a_step_and_only_its_adapters_get_gradients():
     config = LlamaConfig(**SMALL)
     layer = giant.random_layer(config, rank=4)
     assert giant.layer_step(layer, config, 12) > 0
