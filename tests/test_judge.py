@@ -50,15 +50,9 @@ Three eggs and a pinch of salt. | Plan C: order a pizza from 5G, the new place.
 )
 
 
-def test_metric_answers_pass():
+def test_metric_answers_pass_others_fail_and_imperial_units_are_seen():
     found = {answer: (METRIC.search(answer), IMPERIAL.search(answer)) for answer in METRIC_ONLY}
     assert not {answer: units for answer, units in found.items() if not is_metric(answer)}
-
-
-def test_other_answers_fail():
     others = IMPERIAL_ONLY + BOTH + NEITHER
     assert not {answer: METRIC.findall(answer) for answer in others if is_metric(answer)}
-
-
-def test_imperial_units_are_seen():
     assert not [answer for answer in IMPERIAL_ONLY + BOTH if not IMPERIAL.search(answer)]
