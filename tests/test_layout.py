@@ -77,17 +77,13 @@ def test_arrows_run_one_way():
     no_imports(up)
 
 
-def test_methods_import_torch_jaxtyping_the_standard_library_and_their_siblings_alone():
+def test_methods_import_torch_and_siblings_alone_and_only_the_peers_and_parity_import_others():
     allowed = {"torch", "jaxtyping", *sys.stdlib_module_names}
-    sibling = "spark_ft.methods."
-    no_imports(
-        lambda name, other: (
-            name.startswith("methods/") and not (other.split(".")[0] in allowed or other.startswith(sibling))
-        )
-    )
 
+    def foreign(other):
+        return other.split(".")[0] not in allowed and not other.startswith("spark_ft.methods.")
 
-def test_peft_trl_and_bitsandbytes_are_imported_by_the_peers_and_parity_alone():
+    no_imports(lambda name, other: name.startswith("methods/") and foreign(other))
     theirs = {"peft", "trl", "bitsandbytes"}
     no_imports(lambda name, other: other.split(".")[0] in theirs and name not in PEERS)
 
@@ -97,11 +93,9 @@ def test_nothing_reads_pickles_or_trusts_remote_code():
     calls = [(name, n) for name, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.Call)]
     unsafe = {"torch.load", "torch.save", "numpy.load", "np.load"}
     none(f"{name}:{node.lineno} calls {called(node)}" for name, node in calls if called(node) in unsafe)
-    given = [(name, keyword) for name, call in calls for keyword in call.keywords]
-    trusts = [
-        (name, k) for name, k in given if k.arg == "trust_remote_code" and ast.unparse(k.value) != "False"
-    ]
-    none(f"{name}:{keyword.value.lineno} may trust remote code" for name, keyword in trusts)
+    given = [(name, k) for name, call in calls for k in call.keywords if k.arg == "trust_remote_code"]
+    trusts = [(name, k.value.lineno) for name, k in given if ast.unparse(k.value) != "False"]
+    none(f"{name}:{line} may trust remote code" for name, line in trusts)
 
 
 def test_every_file_is_read_in_one_sitting():
@@ -121,7 +115,7 @@ def test_every_file_is_read_in_one_sitting():
     none(f"{what}: {lines} lines, more than {most}" for what, (lines, most) in limits.items() if lines > most)
 
 
-def test_every_public_name_says_what_it_is_and_names_its_arguments():
+def test_public_names_say_what_they_are_and_modules_functions_and_classes_have_docstrings():
     wrong = []
     for name in set(spark_ft.__all__) - {"__version__", "NF4_CODE"}:
         thing = getattr(spark_ft, name)
@@ -135,9 +129,6 @@ def test_every_public_name_says_what_it_is_and_names_its_arguments():
             wrong.append(f"{name} takes **options")
     none(wrong)
     assert spark_ft.NF4_CODE.shape == (16,)
-
-
-def test_modules_and_their_public_functions_and_classes_have_docstrings():
     wrong = [name for name, tree in TREES.items() if len(tree.body) > 1 and not ast.get_docstring(tree)]
     for name, tree in TREES.items():
         defined = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
@@ -146,10 +137,11 @@ def test_modules_and_their_public_functions_and_classes_have_docstrings():
     none(wrong)
 
 
-def test_unknown_names_are_an_attribute_error():
+def test_the_version_is_the_metadatas_and_unknown_names_are_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'spark_ft' has no attribute 'lorra'"):
         _ = spark_ft.lorra
     assert set(spark_ft.__all__) <= set(dir(spark_ft))
+    assert spark_ft.__version__ == version("spark-ft")
 
 
 def test_importing_the_package_or_its_methods_imports_nothing_heavy():
@@ -159,11 +151,4 @@ def test_importing_the_package_or_its_methods_imports_nothing_heavy():
         (methods, ("transformers", "peft", "trl", "accelerate")),
     ):
         code = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        assert run.stdout.strip() == "[]"
-
-
-def test_the_version_is_one_and_the_package_metadata_reads_it():
-    assert spark_ft.__version__ == version("spark-ft")
+        assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
