@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import complains, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -14,8 +14,6 @@ from scipy.stats import binomtest
 from spark_ft import collate_sft, completion_logps, exact_match, field_f1, generate, perplexity, sample
 from spark_ft.evaluation import greedy_match
 from spark_ft.stats import Estimate, mean_interval, paired_difference, wilson_interval
-
-# ── exact match and F1 ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_exact_match_by_hand():
@@ -48,36 +46,34 @@ def test_f1_by_hand_counts_over_all_tickets():
     outputs = ['{"a":1}', "no ticket at all", '{"a":[1,2,2],"c":"x"}']
     expected = {"a": 2 * 3 / 9, "b": 0.0, "c": 0.0, "all": 2 * 3 / (5 + 6)}
     assert field_f1(outputs, references) == pytest.approx(expected)
-
-
-def test_f1_tells_types_apart_and_ignores_the_order_of_a_list():
     for output, reference, f1 in [
-        ('{"a":1}', '{"a":"1"}', 0),
-        ('{"a":true}', '{"a":1}', 0),
-        ('{"a":["x","y"]}', '{"a":["y","x"]}', 1),
-        ("[1,2]", '{"a":1}', 0),
-    ]:
+        ('{"a":1}', '{"a":"1"}', 0), ('{"a":true}', '{"a":1}', 0), ("[1,2]", '{"a":1}', 0),
+        ('{"a":["x","y"]}', '{"a":["y","x"]}', 1),  # types count, a list's order does not
+    ]:  # fmt: skip
         assert field_f1([output], [reference])["all"] == f1
 
 
-@given(
-    st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1), min_size=1, max_size=5)
-)
+TICKET = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), min_size=1)
+
+
+@given(st.lists(TICKET, min_size=1, max_size=5))
 def test_the_references_themselves_score_one(tickets):
     texts = [json.dumps(t) for t in tickets]
     assert set(field_f1(texts, texts).values()) == {1.0}
     assert all(exact_match(texts, texts))
 
 
-def test_lists_of_different_lengths_and_references_that_are_no_tickets_are_refused():
-    for measure in (exact_match, field_f1):
-        with pytest.raises(ValueError, match="2 outputs for 1 references; there must be one for each"):
-            measure(["{}", "{}"], ["{}"])
-    with pytest.raises(ValueError, match="reference 1 is no JSON object: 'Leek soup'"):
-        field_f1(["{}", "{}"], ["{}", "Leek soup"])
-
-
-# ── intervals ────────────────────────────────────────────────────────────────────────────────────────────
+def test_what_has_no_measure_and_no_interval_is_refused():
+    lengths = "2 outputs for 1 references; there must be one for each"
+    trials = [(k, n, f"{k} successes in {n} trials are no proportion") for k, n in ((0, 0), (3, 2), (-1, 5))]
+    few = [(values, f"{len(values)} value has no interval; run at least two seeds") for values in ([], [1.0])]
+    complains(
+        *((measure, (["{}", "{}"], ["{}"]), lengths) for measure in (exact_match, field_f1)),
+        (field_f1, (["{}", "{}"], ["{}", "Leek soup"]), "reference 1 is no JSON object: 'Leek soup'"),
+        *((wilson_interval, (k, n), says) for k, n, says in trials),
+        *((mean_interval, (values,), says) for values, says in few),
+        (paired_difference, ([1.0, 2.0], [1.0]), "2 values and 1 others are no pairs"),
+    )
 
 
 def test_wilson_against_published_values_and_scipy():
@@ -89,25 +85,15 @@ def test_wilson_against_published_values_and_scipy():
     for k, n, confidence in [(0, 10, 0.95), (5, 10, 0.9), (35, 40, 0.99), (10, 10, 0.95)]:
         theirs = binomtest(k, n).proportion_ci(confidence, method="wilson")
         assert wilson_interval(k, n, confidence) == pytest.approx((k / n, *theirs), abs=1e-9)
-    for k, n in ((0, 0), (3, 2), (-1, 5)):
-        with pytest.raises(ValueError, match=f"{k} successes in {n} trials are no proportion"):
-            wilson_interval(k, n)
 
 
-def test_mean_interval_by_hand():
-    # mean 2, s = 1, s/√3 = 0.57735; t(0.975, 2) = 4.302653
+def test_mean_intervals_by_hand_and_a_paired_difference_that_is_surer():
     half = 4.302653 * 0.5773503
     assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-6)
     # mean 5, deviations ±1: s² = 4/3, n = 4; t(0.95, 3) = 2.353363
     half = 2.353363 * math.sqrt(4 / 3) / 2
     assert mean_interval([4, 4, 6, 6], confidence=0.9) == pytest.approx((5, 5 - half, 5 + half), abs=1e-6)
     assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-    for values in ([], [1.0]):
-        with pytest.raises(ValueError, match=f"{len(values)} value has no interval; run at least two seeds"):
-            mean_interval(values)
-
-
-def test_a_paired_difference_is_sure_where_two_intervals_overlap():
     noisy, better = [1.0, 2.0, 3.0], [0.9, 1.89, 2.9]
     assert mean_interval(noisy).low < mean_interval(better).high
     d = paired_difference(noisy, better)
@@ -115,25 +101,15 @@ def test_a_paired_difference_is_sure_where_two_intervals_overlap():
     assert d.verdict("worse", "better") == "worse"
     assert Estimate(-1, -2, -0.1).verdict("worse", "better") == "better"
     assert Estimate(0.1, -0.1, 0.3).verdict("worse", "better") == "no measurable difference"
-    with pytest.raises(ValueError, match="2 values and 1 others are no pairs"):
-        paired_difference([1.0, 2.0], [1.0])
-
-
-def test_an_estimate_says_itself_in_one_line():
     assert str(Estimate(0.875, 0.739, 0.945)) == "0.875 [0.739, 0.945]"
     assert Estimate(0.875, 0.739, 0.945).percent() == "88% [74%, 94%]"
     assert Estimate(0.12345, -0.1, 0.3).signed(2) == "+0.12 [-0.10, +0.30]"
 
 
-# ── perplexity and greedy match ──────────────────────────────────────────────────────────────────────────
-
-
 def test_perplexity_is_exp_of_transformers_own_loss_and_weighs_tokens_whatever_the_batches(embedded):
     model, tokenizer = embedded
-    rows = [
-        {"prompt": "Count.", "completion": "1 2 3 4 5 6 7 8"},
-        {"prompt": "Hi", "completion": "Xylophone"},
-    ]
+    texts = (("Count.", "1 2 3 4 5 6 7 8"), ("Hi", "Xylophone"))
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
     with torch.no_grad():
         loss = model(**collate_sft(rows[:1], tokenizer)).loss
         logps, _ = completion_logps(model, collate_sft(rows, tokenizer))
@@ -155,15 +131,11 @@ def test_an_answer_ends_with_its_turn_and_greedy_match_finds_it_without_generati
     assert greedy_match(model, tokenizer, right + wrong, batch_size=3) == [True, True, False, False]
 
 
-# ── generation ───────────────────────────────────────────────────────────────────────────────────────────
-
 PROMPTS = [
-    "What is the capital of France?",
-    "Name a colour.",
-    "Hi",
+    "What is the capital of France?", "Name a colour.", "Hi",
     "Write the numbers from one to five, separated by commas, and nothing else.",
     "Translate to French: Good morning, how are you today? I hope the soup is warm.",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +194,10 @@ def test_every_module_is_put_back_even_after_an_exception(small, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_chat_or_end_and_a_bare_text_are_refused_with_the_mend(small):
-    model, tokenizer = small[0], copy.deepcopy(small[1])
-    with pytest.raises(ValueError, match="prompts is one text, 'Hi'; put it into a list"):
-        generate(model, tokenizer, "Hi")
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"no end token; set tokenizer.eos_token"):
-        generate(model, tokenizer, ["Hi"])
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"no chat_template; take an instruct model's, or set one"):
-        sample(model, tokenizer, ["Hi"])
+    model, endless, silent = small[0], copy.deepcopy(small[1]), copy.deepcopy(small[1])
+    endless.eos_token = silent.chat_template = None
+    complains(
+        (generate, (model, small[1], "Hi"), "prompts is one text, 'Hi'; put it into a list"),
+        (generate, (model, endless, ["Hi"]), "no end token; set tokenizer.eos_token"),
+        (sample, (model, silent, ["Hi"]), "no chat_template; take an instruct model's, or set one"),
+    )
