@@ -72,7 +72,7 @@ def test_experts_in_4_bits_move_are_cast_and_become_dense_again():
     assert torch.allclose(model(IDS).logits.float(), expected, atol=0.1)
 
 
-def test_a_model_without_numbers_gets_nf4_weights_of_the_right_sizes():
+def test_a_model_without_numbers_gets_nf4_weights_of_the_right_sizes_and_a_tied_weight_is_left_out():
     def sizes(model):
         return {name: (t.shape, t.dtype) for name, t in quantize_model(model).state_dict().items()}
 
@@ -81,9 +81,6 @@ def test_a_model_without_numbers_gets_nf4_weights_of_the_right_sizes():
     for pretend in (torch.device("meta"), FakeTensorMode()):
         with pretend:
             assert sizes(AutoModelForCausalLM.from_config(config, dtype=torch.float32)) == real
-
-
-def test_a_tied_weight_is_left_out():
     model = tiny_model("llama")
     one, two = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
     assert {one, two} <= set(nf4_names(model))
