@@ -88,7 +88,7 @@ def test_a_hundred_random_schedules_start_all_steps_that_fit_and_no_others(monke
     assert 20 < refusals < 80
 
 
-def test_the_second_step_is_refused_where_only_it_is_too_long(monkeypatch):
+def test_the_step_that_is_too_long_is_refused_by_its_largest_term_and_the_model_is_as_it_was(monkeypatch):
     trained = model()
     short, long = (token_batch(rows=4, length=n) for n in (20, 200))
     peaks = [plan_step(trained, batch).peak for batch in (short, long)]
@@ -100,9 +100,6 @@ def test_the_second_step_is_refused_where_only_it_is_too_long(monkeypatch):
     with pytest.raises(MemoryError, match="saved activations"):
         train(trained, lambda i: seen.append(i) or (short, long)[i], sft_loss, TrainConfig(2, progress=False))
     assert seen == [0, 1]
-
-
-def test_a_refusal_names_the_term_to_cut_and_leaves_the_model_as_it_was(monkeypatch):
     trained, rows = model(), token_batch(rows=8, length=64)
     before = [p.clone() for p in trained.parameters()]
     left(monkeypatch, 100_000)
@@ -194,7 +191,7 @@ def plan(method, rows=2, **terms):
     return MemoryPlan(terms, "", {"method": method, "linear layers": layers, "rows": rows}, {}, 0, 0)
 
 
-def test_the_largest_term_that_can_be_cut_and_how():
+def test_a_report_says_what_fits_what_to_cut_and_what_is_unknown():
     for planned, says in (
         (plan("lora", **{LINEAR: 9, LOGITS: 1}), 'load the model in 4 bits (quantize="nf4")'),
         (plan("full", **{LINEAR: 9, MOMENTS: 8}), "train adapters instead (add_adapters)"),
@@ -203,10 +200,7 @@ def test_the_largest_term_that_can_be_cut_and_how():
     ):
         assert cut_advice(planned).endswith(says)
     assert "logits" in cut_advice(plan("qlora", **{LINEAR: 9, LOGITS: 1}))
-
-
-def test_a_report_says_what_fits_what_does_not_and_what_is_unknown():
-    assert fit_report(plan("lora", **{LINEAR: GIB}), DGX_SPARK).startswith("fits, 110.7 GiB to spare")
     much = plan("lora", **{LINEAR: 200 * GIB})
+    assert fit_report(plan("lora", **{LINEAR: GIB}), DGX_SPARK).startswith("fits, 110.7 GiB to spare")
     assert fit_report(much, DGX_SPARK).startswith("does not fit, 88.3 GiB missing")
     assert fit_report(much, MemoryBudget("mps", False, None, None, 0)).startswith("unknown")
