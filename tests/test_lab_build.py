@@ -65,37 +65,26 @@ def outside_regions(source):
     return re.sub(rf"^ *{BEGIN}\n.*?^ *{END}$", "<region>", source, flags=re.M | re.S)
 
 
-def test_read_source_is_deterministic_with_unique_stable_ids(lab):
+def test_read_source_is_deterministic_with_stable_ids_and_completes_nbgraders_fields(lab):
     once, twice = read_source(lab), read_source(lab)
+    fields = {"grade_id": "double", "grade": False, "solution": True, "locked": False, "task": False}
+    assert once.cells[2].metadata["nbgrader"] == {**fields, "schema_version": 3}
     assert outline(once) == outline(twice)
     ids = [cell.id for cell in once.cells]
     assert len(set(ids)) == len(ids)
     assert ids[2] == "double"
     assert ids[-1] == f"{ids[-2]}-2", "two equal cells still get two ids"
     lab.write_text("# %% [markdown]\n# A new first cell\n\n" + LAB)
-    assert [cell.id for cell in read_source(lab).cells][1:] == ids, (
-        "an inserted cell leaves the other ids alone"
-    )
+    assert [cell.id for cell in read_source(lab).cells][1:] == ids, "an inserted cell changes no other's id"
 
 
-def test_read_source_completes_nbgrader_fields(lab):
-    assert read_source(lab).cells[2].metadata["nbgrader"] == {
-        "grade_id": "double", "grade": False, "solution": True, "locked": False, "task": False,
-        "schema_version": 3,
-    }  # fmt: skip
-
-
-def test_learners_has_numbered_stubs_and_nothing_of_the_solution(lab):
+def test_learners_has_numbered_stubs_and_nothing_of_the_solution_or_of_a_tag(lab):
     cells = learners(read_source(lab)).cells
-    assert cells[2].source.endswith(
-        '    """Twice x."""\n    raise NotImplementedError("your turn (exercise 1)")'
-    )
+    stub = '    """Twice x."""\n    raise NotImplementedError("your turn (exercise 1)")'
+    assert cells[2].source.endswith(stub)
     assert cells[4].source.endswith('        raise NotImplementedError("your turn (exercise 2)")')
     assert "self.x / 2" not in nbformat.writes(learners(read_source(lab)))
     assert all(not cell.outputs for cell in cells if cell.cell_type == "code")
-
-
-def test_without_tag_leaves_the_other_cells(lab):
     notebook = read_source(lab)
     kept = without_tag(notebook, "experiment").cells
     assert len(kept) == len(notebook.cells) - 1
@@ -116,22 +105,14 @@ BROKEN = [
 ]
 
 
-def test_read_source_refuses_broken_cells(lab):
-    for message, cell in BROKEN:
-        lab.write_text(f"# %% {cell}\n")
-        with pytest.raises(BuildError, match=message):
-            read_source(lab)
-
-
 def test_build_executes_keeps_outputs_and_writes_both(lab):
     build.build(lab)
     solved_path = lab.parents[1] / "solutions" / "lab-9.1.1-doubling.ipynb"
     solved = nbformat.read(solved_path, 4)
     assert solved.cells[3].outputs[0].text == "trained\n"
     assert outline(solved) == outline(read_source(lab)), "execution must not touch the metadata"
-    assert outline(nbformat.read(lab.parents[1] / "lab-9.1.1-doubling.ipynb", 4)) == outline(
-        learners(read_source(lab))
-    )
+    handed_out = nbformat.read(lab.parents[1] / "lab-9.1.1-doubling.ipynb", 4)
+    assert outline(handed_out) == outline(learners(read_source(lab)))
     first = solved_path.read_bytes()
 
     lab.write_text(LAB.replace("# # Doubling", "# # Doubling, explained"))
@@ -169,11 +150,15 @@ def test_check_outputs_refuses_folders_warnings_and_weight(lab):
             build.check_outputs(notebook, "lab")
 
 
-def test_a_refused_lab_is_reported_and_its_solved_notebook_not_written(lab, capsys):
+def test_broken_cells_are_refused_and_a_refused_lab_writes_no_solved_notebook(lab, capsys):
     lab.write_text(f'# %%\nprint("{build.ROOT}")\n')
     assert build.main(["9.1.1", "--labs", str(lab.parents[1])]) == 1
     assert "names a folder of this machine" in capsys.readouterr().err
     assert not list(lab.parents[1].glob("solutions/*"))
+    for message, cell in BROKEN:
+        lab.write_text(f"# %% {cell}\n")
+        with pytest.raises(BuildError, match=message):
+            read_source(lab)
 
 
 def test_sources_are_picked_by_number_and_ordered(tmp_path):
@@ -199,13 +184,10 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_labs_and_no_notebook_without_a_source():
+def test_built_notebooks_match_their_source_and_none_is_without_one():
     assert NAMES
     for folder in (build.LABS, build.LABS / "solutions"):
         assert {path.stem for path in folder.glob("*.ipynb")} == set(NAMES)
-
-
-def test_built_notebooks_match_their_source():
     stale = []
     for source in build.sources():
         solved = read_source(source)
@@ -232,24 +214,20 @@ def test_learners_equal_solved_outside_solution_regions():
 def test_solved_are_executed_and_fit_to_publish_and_learners_have_no_outputs():
     wrong = []
     for name in NAMES:
-        solved = built(name, "solutions")
+        solved, unsolved = built(name, "solutions"), code_cells(built(name))
         build.check_outputs(solved, name)
         code = [cell for cell in code_cells(solved) if cell.source.strip()]
         outputs = [output for cell in code for output in cell.outputs]
         images = [output for output in outputs if "image/png" in output.get("data", {})]
         alts = [image.metadata.get("image/png", {}).get("alt", "") for image in images]
+        counts = [cell.execution_count for cell in code]
         found = {
-            "is not executed from top to bottom": [c.execution_count for c in code]
-            != [*range(1, len(code) + 1)],
+            "is not executed from top to bottom": counts != [*range(1, len(code) + 1)],
             "shows an error": any(output.output_type == "error" for output in outputs),
             "has fewer than two figures": len(images) < 2,
-            "has a figure without alt text (draw with spark_ft.lab.plots)": any(
-                len(alt.split()) < 6 for alt in alts
-            ),
+            "has a figure without alt text (draw with plots)": any(len(alt.split()) < 6 for alt in alts),
             "does not end with a headline": not headline_of(solved),
-            "has outputs in the learner's notebook": any(
-                cell.outputs or cell.execution_count is not None for cell in code_cells(built(name))
-            ),
+            "has outputs for learners": any(c.outputs or c.execution_count is not None for c in unsolved),
         }
         wrong += [f"{name} {fault}" for fault, is_so in found.items() if is_so]
     assert not wrong, "\n".join(wrong)
