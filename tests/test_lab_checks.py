@@ -58,9 +58,11 @@ def not_graded(monkeypatch):
     monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
 
 
-def test_right_answer_prints_one_line_and_returns_none(capsys):
+def test_a_right_answer_prints_one_line_and_a_stub_is_reported(capsys):
     assert check_adapter_output(right) is None
     assert capsys.readouterr() == ("✓ the adapter's output equals x·(α/r·BA)ᵀ on 2 shapes\n", "")
+    assert check_adapter_output(stub) is None
+    assert capsys.readouterr().out == "not attempted yet – exercise 3\n"
 
 
 def test_each_mutant_is_diagnosed():
@@ -75,21 +77,13 @@ def notebook_shows(code, folder):
     return shown.getvalue().strip()
 
 
-def test_a_wrong_answer_shows_its_message_alone_in_a_notebook(tmp_path):
+def test_a_notebook_shows_a_wrong_answers_message_alone_and_an_errors_own_lines(tmp_path):
     shown = notebook_shows("check_adapter_output(lambda x, A, B, alpha: None)", tmp_path)
     assert shown == "✗ the output for alpha=8, rank=2 is NoneType, not a tensor; is a return missing?"
-
-
-def test_an_error_inside_the_answer_shows_where_it_was_raised(tmp_path):
     shown = notebook_shows("def answer(*_):\n    return 1 / 0\ncheck_adapter_output(answer)", tmp_path)
     assert "return 1 / 0" in shown
     assert "ZeroDivisionError: division by zero" in shown
     assert "noise" not in shown, "the frame's own lines stay hidden"
-
-
-def test_stub_is_reported_but_does_not_raise(capsys):
-    assert check_adapter_output(stub) is None
-    assert capsys.readouterr().out == "not attempted yet – exercise 3\n"
 
 
 @pytest.mark.parametrize("name", ["SPARK_FT_STRICT", "NBGRADER_EXECUTION"])
@@ -138,7 +132,7 @@ def test_nothing_reaches_stderr_and_nothing_is_lost(capsys, monkeypatch):
     assert handler.stream is sys.stderr, "handlers are put back"
 
 
-def test_inputs_are_fresh_and_the_notebooks_generator_is_left_alone():
+def test_inputs_are_fresh_the_generator_is_left_alone_and_a_check_must_say_something():
     seen = []
 
     @check
@@ -152,9 +146,6 @@ def test_inputs_are_fresh_and_the_notebooks_generator_is_left_alone():
     check_input(seen.append)
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(*seen)
-
-
-def test_a_check_that_says_nothing_is_a_mistake_of_its_author():
     with pytest.raises(TypeError, match="must return the line"):
         check(lambda answer: None)(right)
 
