@@ -44,7 +44,7 @@ def test_show_embeds_a_small_png_with_alt_text_and_closes_the_figure(shown):
     assert not plt.get_fignums(), "an open figure would be shown a second time by the inline backend"
 
 
-def test_show_refuses_missing_alt_text_and_missing_labels(shown):
+def test_show_refuses_missing_alt_text_missing_labels_and_a_heavy_figure(shown):
     fig, ax = drawn(columns=2)
     with pytest.raises(ValueError, match="alt text"):
         plots.show(fig, "A figure.")
@@ -53,20 +53,23 @@ def test_show_refuses_missing_alt_text_and_missing_labels(shown):
         plots.show(fig, ALT)
     ax[1].axis("off")
     plots.show(fig, ALT)
-
-
-def test_show_refuses_a_heavy_figure(shown):
     fig, ax = plots.figure("Noise", x="column", y="row", caption="seed 0", width=12, height=9)
     ax.imshow(np.random.default_rng(0).random((900, 1200)))
     with pytest.raises(ValueError, match="more than 60"):
         plots.show(fig, ALT)
 
 
-def test_figure_wants_a_claim_and_a_caption():
-    with pytest.raises(ValueError, match="claim"):
-        plots.figure("", caption="3 seeds")
-    with pytest.raises(ValueError, match="claim"):
-        plots.figure("More rank helps", caption=" ")
+def test_a_figure_wants_a_claim_and_a_caption_and_a_long_title_stays_inside():
+    for title, caption in (("", "3 seeds"), ("More rank helps", " ")):
+        with pytest.raises(ValueError, match="claim"):
+            plots.figure(title, caption=caption)
+    title = "Held-out loss with noise, less without: tickets: worse at 45; answers: better at 15, and at 45 "
+    for width in (7.2, 9.5):
+        fig, _ = plots.figure(title * 2, caption="three seeds", x="x", y="y", width=width)
+        fig.canvas.draw()
+        assert all(text.get_window_extent().x1 <= fig.bbox.width for text in fig.texts)
+        assert [text.get_text().split()[0] for text in fig.texts] == ["Held-out", "three"]
+        plt.close(fig)
 
 
 def lightness(color):
@@ -83,13 +86,3 @@ def test_palette_is_told_apart_in_grey():
     for kind in (plots.LINE, plots.BAR):
         assert list(kind) == list(plots.COLORS)
     assert len({line["marker"] for line in plots.LINE.values()}) == len(plots.LINE)
-
-
-def test_a_long_title_stays_inside_the_figure():
-    title = "Held-out loss with noise, less without: tickets: worse at 45; answers: better at 15, and at 45 "
-    for width in (7.2, 9.5):
-        fig, _ = plots.figure(title * 2, caption="three seeds", x="x", y="y", width=width)
-        fig.canvas.draw()
-        assert all(text.get_window_extent().x1 <= fig.bbox.width for text in fig.texts)
-        assert [text.get_text().split()[0] for text in fig.texts] == ["Held-out", "three"]
-        plt.close(fig)
