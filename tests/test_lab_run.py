@@ -13,7 +13,7 @@ from spark_ft.version import __version__
 
 GOOD = '# %%\nfrom spark_ft.lab import headline\n\n# %%\nheadline({"exact match %": 92.5, "base %": 0})\n'
 FAILS = "# %% [markdown]\n# # Text\n\n# %%\ndef f(x):\n    return x / 0\n\nf(1)\n"
-SILENT = "# %%\n1 + 1\n"
+SILENT, DIES = "# %%\n1 + 1\n", "# %%\nimport os\nos._exit(9)\n"
 
 
 def labs(folder, **sources):
@@ -33,22 +33,15 @@ def test_passing_lab_shows_its_headline_and_writes_nothing(tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lab-9.1.1-good.py"]
 
 
-def test_failing_labs_exit_1_with_a_readable_traceback_and_the_others_still_run(tmp_path, capsys):
-    assert main(labs(tmp_path, fails=FAILS, silent=SILENT)) == 1
+def test_failing_labs_exit_1_with_a_readable_traceback_and_an_unknown_one_with_2(tmp_path, capsys):
+    assert main(labs(tmp_path, fails=FAILS, silent=SILENT, dies=DIES)) == 1
     out = capsys.readouterr().out
     assert "cell 2 of 2: ZeroDivisionError: division by zero" in out
     assert "----> 2     return x / 0" in out
     assert "\x1b[" not in out, "no colour codes in a log"
     assert "does not end with headline" in out
-    assert "0 of 2 labs passed" in out
-
-
-def test_dead_kernel_is_a_failure_not_a_hang(tmp_path, capsys):
-    assert main(labs(tmp_path, dies="# %%\nimport os\nos._exit(9)\n")) == 1
-    assert "the kernel died" in capsys.readouterr().out
-
-
-def test_no_such_lab_is_refused(capsys):
+    assert "the kernel died" in out, "which is a failure, not a hang"
+    assert "0 of 3 labs passed" in out
     for arguments in (["3.1.99"], ["--labs", "/nonexistent"]):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
@@ -57,10 +50,8 @@ def test_no_such_lab_is_refused(capsys):
 
 
 def test_table_has_a_line_per_lab_within_its_width():
-    text = table(
-        [Result("lab-a", 61.4, "x 1; " * 60, ""), Result("lab-long-name", 2, "", "cell 3: it broke\nmore")],
-        100,
-    )
+    broken = Result("lab-long-name", 2, "", "cell 3: it broke\nmore")
+    text = table([Result("lab-a", 61.4, "x 1; " * 60, ""), broken], 100)
     lines = text.splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert lines[2].split()[:3] == ["lab-a", "61", "pass"]
@@ -69,14 +60,11 @@ def test_table_has_a_line_per_lab_within_its_width():
     assert lines[-1] == "1 of 2 labs passed in 63 s"
 
 
-def test_headline_takes_scalars_of_any_library_and_is_json():
+def test_headline_takes_scalars_of_any_library_and_refuses_what_a_table_cannot_hold():
     numbers = headline({"tensor": torch.tensor(1.5), "numpy": np.float64(2.0), "flag": True, "text": "so"})
     assert numbers == {"tensor": 1.5, "numpy": 2.0, "flag": True, "text": "so"}
     assert numbers._repr_mimebundle_()[HEADLINE_TYPE] == numbers
     assert repr(numbers) == "tensor 1.5; numpy 2; flag True; text so"
-
-
-def test_headline_refuses_what_a_table_cannot_hold():
     for wrong in ({"a": None}, {"a": [1, 2]}, {"a": torch.zeros(2)}):
         with pytest.raises(TypeError, match="a headline holds numbers, booleans and strings, not"):
             headline(wrong)
