@@ -104,6 +104,8 @@ def test_a_new_layer_computes_exactly_what_its_base_does(kind, dtype):
         layer = kind(base, rank=4, dropout=dropout)
         assert layer.training
         assert torch.equal(layer(x), before)
+    assert kind(base, rank=8, alpha=32).scaling == 4
+    assert kind(base, rank=16, alpha=32, rslora=True).scaling == 8
     names = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert names == {"lora_A", "lora_B"} | ({"magnitude"} if kind is DoRALinear else set())
     assert torch.count_nonzero(layer.lora_B) == 0
@@ -113,16 +115,17 @@ def test_a_new_layer_computes_exactly_what_its_base_does(kind, dtype):
     assert wide.lora_A.std().item() == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.01)
 
 
-def test_dropout_takes_a_different_mask_each_time_and_none_in_eval():
+def test_dropout_takes_a_different_mask_each_time_none_in_eval_and_must_fit_as_the_rank_must():
     layer, x = trained_layer(LoRALinear, dropout=0.5, alpha=12), torch.randn(3, 16)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert relative(layer(x), layer.base(x) + x @ (3 * layer.lora_B @ layer.lora_A).T) < 1e-6
-
-
-def test_scaling_is_alpha_over_rank_or_over_its_root():
-    assert LoRALinear(nn.Linear(16, 16), rank=8, alpha=32).scaling == 4
-    assert LoRALinear(nn.Linear(16, 16), rank=16, alpha=32, rslora=True).scaling == 8
+    for rank in (0, -1, 17):
+        with pytest.raises(ValueError, match=f"rank={rank} does not fit a 24×16 layer; choose .* 1 to 16"):
+            LoRALinear(nn.Linear(16, 24), rank)
+    for dropout in (-0.1, 1.0, 2, math.nan):
+        with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability below 1"):
+            LoRALinear(nn.Linear(16, 24), rank=2, dropout=dropout)
 
 
 @both_kinds
@@ -150,15 +153,6 @@ def test_merging_twice_is_once_and_disabling_gives_the_base_back(kind, dtype):
         layer.unmerge()
         assert relative(layer.weight, original) < 4 * near
     assert relative(layer(x), adapted) < 4 * near
-
-
-def test_a_rank_or_a_dropout_that_does_not_fit_is_refused():
-    for rank in (0, -1, 17):
-        with pytest.raises(ValueError, match=f"rank={rank} does not fit a 24×16 layer; choose .* 1 to 16"):
-            LoRALinear(nn.Linear(16, 24), rank)
-    for dropout in (-0.1, 1.0, 2, math.nan):
-        with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability below 1"):
-            LoRALinear(nn.Linear(16, 24), rank=2, dropout=dropout)
 
 
 class Router(nn.Linear):
@@ -202,18 +196,6 @@ def test_the_subclasses_taken_for_linear_layers_compute_the_same():
     assert torch.equal(LoRALinear(base, rank=2)(x), base(x))
 
 
-def test_gradients_are_those_of_finite_differences():
-    layer = trained_layer(LoRALinear, 5, 4, rank=2, dtype=torch.float64, alpha=3)
-    assert layer.lora_A.dtype == torch.float64
-
-    def as_function(x, A, B):
-        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
-
-    for lead in ((), (2, 3)):
-        x = torch.randn(*lead, 4, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(as_function, (x, layer.lora_A, layer.lora_B))
-
-
 def reference(layer, x):
     """The formula, all of it out of place."""
     return F.linear(x, layer.weight, layer.bias) + layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)
@@ -240,15 +222,6 @@ def test_stacked_layers_and_a_reused_output_under_checkpointing(reentrant):
 
 
 @both_kinds
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_under_checkpointing_replays_its_mask(kind, dropout):
-    layer, x = trained_layer(kind, dropout=dropout), torch.randn(6, 16)
-    plain = outcome(layer, x, trained_parameters(layer))
-    again = outcome(lambda x: checkpoint(layer, x, use_reentrant=False), x, trained_parameters(layer))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-
-
-@both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_its_input_and_a_thin_product_and_for_dora_the_output(kind, dtype):
     layer = trained_layer(kind, 48, 32, rank=4, bias=False, dtype=dtype)
@@ -261,29 +234,36 @@ def test_backward_keeps_its_input_and_a_thin_product_and_for_dora_the_output(kin
     assert dtype == torch.bfloat16 or x.data_ptr() in activations
 
 
-def test_inputs_may_lie_in_memory_as_they_like():
+def test_gradients_are_those_of_finite_differences_and_inputs_may_lie_as_they_like():
     layer = trained_layer(LoRALinear)
     swapped, wide = torch.randn(5, 2, 16).transpose(0, 1), torch.randn(6, 32)[:, ::2]
     for x in (torch.randn(16, 6).T, swapped, wide, torch.randn(1, 16).expand(4, 16)):
         found = [outcome(it, x, trained_parameters(layer)) for it in (layer, lambda x: reference(layer, x))]
         assert all(relative(a, b) < 2e-6 for a, b in zip(*found, strict=True)), x.stride()
+    layer = trained_layer(LoRALinear, 5, 4, rank=2, dtype=torch.float64, alpha=3)
+    assert layer.lora_A.dtype == torch.float64
+
+    def as_function(x, A, B):
+        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+
+    for lead in ((), (2, 3)):
+        x = torch.randn(*lead, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(as_function, (x, layer.lora_A, layer.lora_B))
 
 
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_batch_gives_an_empty_answer_and_zero_gradients(kind, dtype):
+def test_an_empty_batch_gives_zero_gradients_and_none_is_computed_that_is_not_asked_for(kind, dtype):
+    layer = trained_layer(kind, dtype=dtype)
     for lead in ((0,), (2, 0)):
-        layer = trained_layer(kind, dtype=dtype)
+        layer.zero_grad()
         y = layer(torch.randn(*lead, 16, dtype=dtype))
         assert y.shape == (*lead, 24)
         y.sum().backward()
         assert not any(torch.count_nonzero(p.grad) for p in trained_parameters(layer))
-
-
-@both_kinds
-def test_no_gradient_is_computed_for_what_asks_for_none(kind):
-    layer, x = trained_layer(kind), torch.randn(3, 16)
+    layer.zero_grad()
     layer.lora_A.requires_grad_(False)
+    x = torch.randn(3, 16, dtype=dtype)
     layer(x).sum().backward()
     assert x.grad is layer.weight.grad is layer.lora_A.grad is None
     assert layer.lora_B.grad.norm() > 0
