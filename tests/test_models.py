@@ -88,11 +88,10 @@ def folders(cache):
 def test_converted_once_and_then_left_alone(small_conversion):
     folder = embedded_folder()
     assert folder == conversion.CACHE / EMBEDDED == embedded_folder()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = {p.name: p for p in folder.iterdir() if p.name != "manifest.json"}
-    assert set(manifest["files"]) == set(files)
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(files)
-    assert all(manifest["files"][name]["sha256"] == sha256(path) for name, path in files.items())
+    manifest = json.loads((folder / "manifest.json").read_text())["files"]
+    assert manifest.keys() > {"model.safetensors", "config.json", "tokenizer.json"}
+    found = {path.name: sha256(path) for path in folder.iterdir() if path.name != "manifest.json"}
+    assert {name: file["sha256"] for name, file in manifest.items()} == found
     (folder / "config.json").touch()  # another time, the same bytes: intact
     assert embedded_folder() == folder
     assert len(small_conversion) == 1
@@ -277,19 +276,6 @@ def test_tensors_that_do_not_fit_the_model_are_named(saved, quantize):
     refused("experts: its tensors do not fit together", folder, quantize=quantize)
 
 
-def test_what_is_no_model_for_this_is_refused_in_a_sentence(saved, folder):
-    refused('quantize="int3" is unknown; use None or "nf4"', quantize="int3")
-    for says, config in (
-        ('a model of type "t5" is no causal language model', {"model_type": "t5"}),
-        ("its config.json: it needs code from the hub, which is never", {"auto_map": {"AutoConfig": "a.B"}}),
-        ("transformers cannot use its config.json: .*`nonsense`", {"auto_map": {}}),
-        ("cannot use its config.json: .*hidden_size", {"model_type": "llama", "hidden_size": "many"}),
-    ):
-        refused(f"{folder}: .*{says}", saved(tiny_llama(), config={"model_type": "nonsense", **config}))
-    (folder / "config.json").write_text("{")
-    refused(f'no model could be read from "{folder}": .*valid JSON', folder, error=OSError)
-
-
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_a_model_read_into_4_bits_is_the_model_quantized_after_reading(saved, tied, dtype):
     model = tiny_llama(tie_word_embeddings=tied, attention_bias=True)
@@ -338,12 +324,23 @@ def test_a_checkpoint_that_loads_whole_loads_in_4_bits(saved, kind):
         torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_what_nf4_would_hardly_change_and_a_weight_with_nan_are_refused(saved):
+def test_what_is_no_model_for_this_or_for_nf4_is_refused_in_a_sentence(saved):
     says = r"hold only 0% of what a GPT2LMHeadModel has outside its embeddings; the rest is in Conv1D \(99%\)"
-    refused(says, saved(tiny_model("gpt2")), quantize="nf4")
+    refused(says, saved(tiny_model("gpt2"), "gpt2"), quantize="nf4")
     name = "model.layers.1.mlp.up_proj.weight"
     folder = saved(tiny_llama(), "nan", lambda tensors: tensors[name][3].fill_(torch.nan))
     refused(f"{name}: the weight holds nan or inf", folder, quantize="nf4")
+    folder = saved(tiny_llama(packed=False))
+    refused('quantize="int3" is unknown; use None or "nf4"', quantize="int3")
+    for says, config in (
+        ('a model of type "t5" is no causal language model', {"model_type": "t5"}),
+        ("its config.json: it needs code from the hub, which is never", {"auto_map": {"AutoConfig": "a.B"}}),
+        ("transformers cannot use its config.json: .*`nonsense`", {"auto_map": {}}),
+        ("cannot use its config.json: .*hidden_size", {"model_type": "llama", "hidden_size": "many"}),
+    ):
+        refused(f"{folder}: .*{says}", saved(tiny_llama(), config={"model_type": "nonsense", **config}))
+    (folder / "config.json").write_text("{")
+    refused(f'no model could be read from "{folder}": .*valid JSON', folder, error=OSError)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache is not told here")
@@ -484,6 +481,7 @@ def hub(monkeypatch, tmp_path):
         if said.access:
             raise said.access
 
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500e9))
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.auth_check", auth_check)
     return said
@@ -503,6 +501,7 @@ def test_a_model_that_cannot_be_fetched_is_refused_before_and_says_the_way_out(h
         with pytest.raises(OSError, match=says):
             models.preflight("meta/70B")
 
+    models.preflight("meta/70B")  # it fits
     gated = r"is gated: accept its licence at https://huggingface.co/meta/70B, then `hf auth login`"
     refused(gated, access=hub_error(GatedRepoError))
     refused("meta/70B takes 141 GB of disk, and 100 are free for the hub's cache", free=100e9)
@@ -513,12 +512,9 @@ def test_a_model_that_cannot_be_fetched_is_refused_before_and_says_the_way_out(h
     models.preflight("meta/70B")  # what is cached passes
 
 
-def test_a_model_that_fits_passes(hub, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500e9))
-    models.preflight("meta/70B")
-
-
-def test_a_model_of_the_hub_that_is_cached_loads_whole_and_in_4_bits(tmp_path, embedded, monkeypatch):
+def test_a_cached_model_loads_whole_and_in_4_bits_and_is_packed_where_it_can_be(
+    tmp_path, embedded, monkeypatch, saved
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached = tmp_path / "models--org--moe"
     (cached / "refs").mkdir(parents=True)
@@ -528,6 +524,9 @@ def test_a_model_of_the_hub_that_is_cached_loads_whole_and_in_4_bits(tmp_path, e
         model, _ = load_model("org/moe", quantize=quantize)
         assert any(isinstance(m, NF4Experts) for m in model.modules()) == bool(quantize)
         assert model.config._name_or_path == "org/moe"
+    for window, packed in ((4, False), (None, True)):
+        model, _ = load_model(saved(tiny_model("mistral", sliding_window=window)))
+        assert (model.config._attn_implementation == PACKED) == packed
 
 
 def test_spark_ft_model_names_another_model_and_an_argument_overrides_it(folder, monkeypatch):
@@ -539,40 +538,26 @@ def test_spark_ft_model_names_another_model_and_an_argument_overrides_it(folder,
     monkeypatch.setenv("SPARK_FT_MODEL", "nobody/no-such-model-here")
     assert torch.equal(load_model(folder)[0](IDS).logits, expected)
     assert load_tokenizer(EMBEDDED).eos_token == "<|im_end|>"
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+    assert load_tokenizer(folder).pad_token == "<|im_end|>", "without a pad token, the end pads"
     assert {p.dtype for p in load_model(folder, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
-def test_a_tokenizer_without_a_pad_token_pads_with_its_end(folder):
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
-    assert load_tokenizer(folder).pad_token == "<|im_end|>"
-
-
-def test_models_that_attend_in_other_ways_are_not_packed(saved):
-    for window, packed in ((4, False), (None, True)):
-        model, _ = load_model(saved(tiny_model("mistral", sliding_window=window)))
-        assert (model.config._attn_implementation == PACKED) == packed
-
-
-def test_the_table_of_profiles(monkeypatch):
-    assert {name: (p.name, p.model, p.large_model, p.dtype) for name, p in PROFILES.items()} == {
-        "laptop": ("laptop", None, None, torch.float32),  # the embedded model: no hub in the default path
-        "gpu": ("gpu", None, None, torch.float32),
-        "spark": ("spark", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-72B-Instruct", torch.bfloat16),
-    }
+def test_the_table_of_profiles_and_the_one_that_is_detected_where_none_is_named(monkeypatch):
+    embedded = (None, None, torch.float32)  # no hub in the default path
+    spark = ("Qwen/Qwen3-8B", "Qwen/Qwen2.5-72B-Instruct", torch.bfloat16)
+    found = {name: (p.model, p.large_model, p.dtype) for name, p in PROFILES.items() if p.name == name}
+    assert found == {"laptop": embedded, "gpu": embedded, "spark": spark}
     assert (PROFILES["laptop"].steps, PROFILES["laptop"].batch_size) == (80, 8)
     monkeypatch.setenv("SPARK_FT_PROFILE", "spark")
     assert profile() is PROFILES["spark"]
     monkeypatch.setenv("SPARK_FT_PROFILE", "mainframe")
     with pytest.raises(ValueError, match='"mainframe" is no profile; set it to one of laptop, gpu, spark'):
         profile()
-
-
-def test_the_profile_is_detected_where_none_is_named(monkeypatch):
     monkeypatch.delenv("SPARK_FT_PROFILE")
-    for integrated, size, expected in (
-        (False, 0, "laptop"), (False, 8e9, "laptop"), (False, 15.6e9, "gpu"), (True, 128e9, "spark"),
-    ):  # fmt: skip
+    machines = (False, 0, "laptop"), (False, 8e9, "laptop"), (False, 15.6e9, "gpu"), (True, 128e9, "spark")
+    for integrated, size, expected in machines:
         device = SimpleNamespace(is_integrated=integrated, total_memory=size)  # a T4 has 15.6e9
         monkeypatch.setattr(torch.cuda, "is_available", lambda size=size: size > 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
