@@ -57,46 +57,48 @@ def test_padded_noise_is_transformers_own_bit_for_bit(dtype):
             assert torch.equal(neftune_noise(e, alpha), theirs), (shape, alpha)
 
 
-def test_its_norm_is_alpha_over_root_three_whatever_length_and_width():
-    for shape in ((4, 12, 64), (2, 200, 64), (1, 50, 576)):
-        norms = [neftune_noise(torch.zeros(shape), 5.0).flatten(1).norm(dim=1).mean() for _ in range(30)]
-        assert (sum(norms) / 30).item() == pytest.approx(5.0 / math.sqrt(3), rel=0.02)
-
-
-def test_true_lengths_scale_each_text_by_its_own_and_leave_padding_clean():
+def test_true_lengths_scale_each_text_by_its_own_also_packed_and_leave_padding_clean():
     e = embeddings(3, 30, 64)
     noise = neftune_noise(e, 5.0, lengths=[30, 10, 1]) - e
     for row, length in zip(noise, (30, 10, 1), strict=True):
         assert_fills(row[:length], length, 64)
         assert torch.count_nonzero(row[length:]) == 0
     assert torch.equal(neftune_noise(e, 5.0, torch.tensor([4, 0, 2]))[1], e[1])
+    before = torch.get_rng_state()
+    assert neftune_noise(e, 0) is neftune_noise(e, 0.0, [30, 10, 1]) is e
+    assert torch.equal(torch.get_rng_state(), before), "alpha 0 draws nothing"
     for lengths in ([3], [3, 4, 31], [[3, 3, 3]]):
         with pytest.raises(ValueError, match="do not fit 3 texts of at most 30 tokens"):
             neftune_noise(e, 5.0, lengths)
-
-
-def test_alpha_zero_is_the_embeddings_themselves_and_draws_nothing():
-    e = embeddings(2, 5, 8)
-    before = torch.get_rng_state()
-    assert neftune_noise(e, 0) is e
-    assert neftune_noise(e, 0.0, [5, 2]) is e
-    assert torch.equal(torch.get_rng_state(), before)
+    model, batch = tiny_llama().train(), {name: t.clone() for name, t in BATCH.items()}
+    batch["input_ids"][:, :4] = batch["input_ids"][0, :4]
+    row = batch["input_ids"][batch["attention_mask"].bool()][None]  # both texts, their common beginning twice
+    with neftune(model, 5.0):
+        noise = noise_of(model, lambda: sft_loss(model, batch), row)[0]
+    for part, length in zip(noise.split(LENGTHS), LENGTHS, strict=True):
+        assert_fills(part, length, 32)
+    assert not torch.equal(noise[:4], noise[12:16])
 
 
 def test_a_model_in_training_gets_the_noise_that_transformers_hook_gives():
     from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
     model = tiny_llama(packed=False).train()
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
     hook = activate_neftune(model, 5.0)
     theirs = drawn(lambda: model(**PADDED).logits)
     deactivate_neftune(model, hook)
     with neftune(model, 5.0):
         ours = drawn(lambda: model(**PADDED).logits)
+        ours.square().mean().backward()
+    assert torch.equal(weight, before)
+    assert weight.grad.norm() > 0
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, model(**PADDED).logits)
 
 
-def test_it_is_off_in_eval_without_gradients_with_a_disabled_adapter_and_outside():
+def test_it_is_off_in_eval_without_gradients_with_a_disabled_adapter_outside_and_after_an_error(monkeypatch):
     model = add_adapters(tiny_llama(packed=False), AdapterConfig(rank=2)).train()
     plain, state = model(**PADDED).logits, torch.get_rng_state()
 
@@ -104,7 +106,9 @@ def test_it_is_off_in_eval_without_gradients_with_a_disabled_adapter_and_outside
         return torch.equal(model(**PADDED).logits, plain) and torch.equal(torch.get_rng_state(), state)
 
     with neftune(model, 5.0):
-        assert draws_noise(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "modules", lambda *_: pytest.fail("it walks all modules"))
+            assert draws_noise(model)
         with torch.no_grad():
             assert is_plain()
         with adapters_disabled(model):
@@ -116,16 +120,6 @@ def test_it_is_off_in_eval_without_gradients_with_a_disabled_adapter_and_outside
         assert not is_plain()
     torch.set_rng_state(state)
     assert is_plain()
-
-
-def test_whether_there_is_noise_is_asked_without_walking_the_model(monkeypatch):
-    model = add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()
-    with neftune(model, 5.0):
-        monkeypatch.setattr(nn.Module, "modules", lambda *_: pytest.fail("it walks all modules"))
-        assert draws_noise(model)
-
-
-def test_it_goes_away_after_an_exception_and_twice_at_once_is_refused():
     model = tiny_llama(packed=False).train()
     plain = model(**PADDED).logits
     with pytest.raises(RuntimeError, match="on purpose"), neftune(model, 5.0):
@@ -140,16 +134,6 @@ def test_it_goes_away_after_an_exception_and_twice_at_once_is_refused():
         pass
 
 
-def test_the_embedding_weight_is_never_touched_and_gets_a_gradient():
-    model = tiny_llama(packed=False).train()
-    weight = model.get_input_embeddings().weight
-    before = weight.detach().clone()
-    with neftune(model, 50.0):
-        model(**PADDED).logits.square().mean().backward()
-    assert torch.equal(weight, before)
-    assert weight.grad.norm() > 0
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_true_lengths_come_from_the_attention_mask(side):
     model, ids = tiny_llama(packed=False).train(), BATCH["input_ids"]
@@ -159,17 +143,6 @@ def test_true_lengths_come_from_the_attention_mask(side):
     assert torch.count_nonzero(noise[mask == 0]) == 0
     for row, real, length in zip(noise, mask.bool(), LENGTHS, strict=True):
         assert_fills(row[real], length, 32)
-
-
-def test_packed_sequences_get_noise_by_their_own_lengths_and_share_no_prefix():
-    model, batch = tiny_llama().train(), {name: t.clone() for name, t in BATCH.items()}
-    batch["input_ids"][:, :4] = batch["input_ids"][0, :4]
-    row = batch["input_ids"][batch["attention_mask"].bool()][None]  # both texts, their common beginning twice
-    with neftune(model, 5.0):
-        noise = noise_of(model, lambda: sft_loss(model, batch), row)[0]
-    for part, length in zip(noise.split(LENGTHS), LENGTHS, strict=True):
-        assert_fills(part, length, 32)
-    assert not torch.equal(noise[:4], noise[12:16])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
