@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import outcome, relative, tiny_llama, trained_layer, trained_parameters
+from helpers import complains, outcome, relative, tiny_llama, trained_layer, trained_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -78,22 +78,21 @@ def test_numbers_at_and_beside_every_midpoint_and_blocks_of_zeros_get_bitsandbyt
     assert torch.equal(quantize_nf4(w, 64, False).dequantize()[2], torch.zeros(64))
 
 
-def test_the_mean_error_on_a_normal_is_as_published():
-    w = weight(2**22)
-    error = (quantize_nf4(w, 64, double_quant=False).dequantize() - w).abs().mean().item()
-    assert error == pytest.approx(0.0728, abs=0.0005)
-
-
-def test_a_number_takes_4_127_bits_and_4_5_without_double_quantization():
+def test_a_number_takes_4_127_bits_4_5_without_double_quantization_and_some_cannot_be_quantized():
     w = weight(1024, 1024)
     assert 8 * quantize_nf4(w).nbytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert 8 * quantize_nf4(w, double_quant=False).nbytes / w.numel() == pytest.approx(4.5)
+    complains(
+        (quantize_nf4, (torch.ones(4, 4), 63), "block_size=63; two numbers share a byte"),
+        (quantize_nf4, (torch.ones(4, 4), 0), "block_size=0"),
+        (quantize_nf4, (torch.ones(0, 4),), "nothing to quantize"),
+        *((quantize_nf4, (torch.tensor([1.0, x]),), "holds nan or inf") for x in (torch.nan, -torch.inf)),
+    )
 
 
 SIZES, AT_ONCE = st.sampled_from([2, 16, 64, 128]), st.sampled_from([128, 1024, 2**20])
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 70), SIZES, st.booleans(), st.integers(1, 45), AT_ONCE)
 def test_rows_chunk_by_chunk_are_rows_of_the_whole(rows, columns, block_size, double_quant, take, at_once):
     w = weight(rows, columns)
@@ -108,7 +107,7 @@ def test_rows_chunk_by_chunk_are_rows_of_the_whole(rows, columns, block_size, do
     assert torch.equal(torch.cat(blocks), whole.dequantize())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), scale=st.sampled_from([1e-3, 1.0, 1e3]), block_size=st.sampled_from([16, 64]))
 def test_each_number_gets_its_nearest_code_and_is_never_further_off_than_half_a_gap(seed, scale, block_size):
     w = scale * weight(7, 50, seed=seed)
@@ -118,18 +117,6 @@ def test_each_number_gets_its_nearest_code_and_is_never_further_off_than_half_a_
     best = (NF4_CODE * scales[..., None] - w[..., None]).abs().amin(-1)
     assert torch.allclose(error, best, rtol=1e-4, atol=1e-6 * scale)
     assert (error <= 0.1520 * scales).all()  # half of the widest gap, from −1 to −0.6962
-
-
-def test_what_cannot_be_quantized_is_refused():
-    for w, options, says in (
-        (torch.ones(4, 4), {"block_size": 63}, "block_size=63; two numbers share a byte"),
-        (torch.ones(4, 4), {"block_size": 0}, "block_size=0"),
-        (torch.ones(0, 4), {}, "nothing to quantize"),
-        (torch.tensor([1.0, torch.nan]), {}, "holds nan or inf"),
-        (torch.tensor([1.0, -torch.inf]), {}, "holds nan or inf"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            quantize_nf4(w, **options)
 
 
 def test_a_cast_of_the_model_leaves_scales_in_fp32_and_a_state_dict_holds_all():
