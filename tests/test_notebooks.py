@@ -130,10 +130,8 @@ def test_nbgrader_gives_points_for_what_is_solved_and_for_nothing_else(tmp_path,
     # Three ways in which a lab comes back: done, half wrong, and as our own builder handed it out.
     for student, notebook in {"solved": solved, "wrong": wrong, "unsolved": learners(solved)}.items():
         build.write(notebook, course / "submitted" / student / "lab" / "lab.ipynb")
-    build.write(
-        nbformat.read(course / "release" / "lab" / "lab.ipynb", 4),
-        course / "submitted/untouched/lab/lab.ipynb",
-    )
+    untouched = nbformat.read(course / "release" / "lab" / "lab.ipynb", 4)
+    build.write(untouched, course / "submitted/untouched/lab/lab.ipynb")
 
     points = {}
     for student in ("solved", "wrong", "unsolved", "untouched"):
