@@ -63,9 +63,6 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-# ── the loss of every model ──────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("kind", sorted(OWN_HEAD | PLAIN_HEAD))
 def test_loss_and_gradient_are_the_models_own(kind):
     model = loud(kind)
@@ -89,17 +86,6 @@ def test_a_soft_cap_that_small_logits_hide_is_found():
         model.lm_head.weight.mul_(1e-4)
         assert model(**token_batch()).logits.abs().max() < 0.01
     assert head_path(model) == "own"
-
-
-def test_the_models_own_head_never_makes_the_logits_of_all_tokens():
-    model, batch = tiny_model("gemma2", vocab_size=101), token_batch(rows=16, length=80)
-    model.requires_grad_(False).model.layers[0].mlp.down_proj.requires_grad_(True)
-    head_path(model)
-    with Shapes() as shapes:
-        total, count = sft_loss(model, batch)
-        total.backward()
-    largest = max(math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (101,))
-    assert largest <= 128 < count
 
 
 def test_the_head_is_compared_once_and_again_when_it_or_a_number_of_the_config_changed():
@@ -172,7 +158,7 @@ def test_a_model_whose_logits_cannot_be_reproduced_is_refused_with_the_mend():
             sft_loss(other, token_batch())
 
 
-def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded):
+def test_sequence_logps_are_those_of_each_row_alone_and_nothing_without_a_completion(embedded):
     model = tiny_llama(vocab_size=len(embedded[1]))
     first = {"prompt": "Soup of the day?", "chosen": "Leek.", "rejected": "No."}
     second = {"prompt": "And a long question about fish?", "chosen": "Cod, cod and cod.", "rejected": "A"}
@@ -184,9 +170,6 @@ def test_sequence_logps_of_a_side_are_those_of_its_rows_alone(embedded):
             tokens, _ = completion_logps(model, batch)
             assert counts[i] == len(tokens)
             torch.testing.assert_close(logps[i], tokens.sum())
-
-
-def test_rows_without_a_completion_count_nothing():
     batch = token_batch()
     batch["labels"][1] = -100
     for model in (tiny_llama(), tiny_model("gemma2")):
@@ -194,9 +177,6 @@ def test_rows_without_a_completion_count_nothing():
         assert logps[1] == counts[1] == 0 < counts[0]
         nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
         assert sft_loss(model, nothing) == (0, 0)
-
-
-# ── packed rows ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def padded(lengths, side="right", prefix=0, seed=0):
@@ -216,7 +196,7 @@ def learned(ids, mask, first=2):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def test_pack_by_hand():
+def test_pack_and_a_shared_prefix_by_hand():
     ids = torch.tensor([[7, 8, 0], [9, 0, 0], [4, 5, 6]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     row = pack(ids, mask)
@@ -226,12 +206,8 @@ def test_pack_by_hand():
     assert row.places[mask.bool()].tolist() == [0, 1, 2, 3, 4, 5]
     # with the padding in front nothing is shared
     row = pack(torch.tensor([[0, 7, 8], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), share_prefix=True)
-    assert row.ids.tolist() == [[7, 8, 4, 5, 6]]
-    assert row.positions.tolist() == [[0, 1, 0, 1, 2]]
+    assert (row.ids.tolist(), row.positions.tolist()) == ([[7, 8, 4, 5, 6]], [[0, 1, 0, 1, 2]])
     assert (row.prefix, row.lengths) == (0, [2, 3])
-
-
-def test_a_shared_prefix_by_hand():
     ids = torch.tensor([[7, 8, 1, 2, 0], [7, 8, 1, 0, 0], [7, 8, 5, 6, 7]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     row = pack(ids, mask, share_prefix=True)
@@ -246,14 +222,12 @@ def test_a_shared_prefix_by_hand():
     assert pack(twins[:1], torch.ones_like(twins[:1]), share_prefix=True)[2:4] == (0, [3])
 
 
-@settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0.3]))
 def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_heads, scale):
     total, heads, dim = prefix + sum(lengths), 4, 8
     g = torch.Generator().manual_seed(total)
-    q, k, v = (
-        torch.randn(1, n, total, dim, generator=g, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)
-    )
+    sizes = [(1, n, total, dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
     ours = sc.packed_attention(q, k, v, lengths, prefix, scale)
     # the formula over the whole row, with a mask in place of the split; −1 owns the prefix, which all may see
     owner = torch.tensor([-1] * prefix + [i for i, n in enumerate(lengths) for _ in range(n)])
@@ -269,7 +243,7 @@ def positions(batch):
     return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(LENGTHS, st.integers(0, 5), st.sampled_from(["right", "left"]), st.sampled_from([1, 2, 4]))
 @example([2, 2, 2], 0, "right", 2)
 def test_a_packed_model_computes_what_transformers_does(lengths, prefix, side, kv_heads):
@@ -289,13 +263,19 @@ def test_a_kind_that_takes_packed_rows_gives_its_own_loss_and_gradient(kind):
         check_own(model, batch, 1e-5, position_ids=positions(batch))
 
 
-def test_windows_random_attention_and_unknown_kinds_do_not_take_packed_rows():
+def test_what_has_windows_randomness_or_no_lengths_is_not_packed_but_computed_as_before():
     windowed = tiny_model("mistral")
     for model in (windowed, tiny_llama(attention_dropout=0.1), tiny_model("gemma2")):
         assert not sc.takes_packed_rows(model.config)
+    ids, mask = padded([4, 9])
+    packed, plain = tiny_llama(), tiny_llama(packed=False)
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=ids, attention_mask=mask).logits for model in (packed, plain)))
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(model.generate(input_ids=ids, **settings) for model in (packed, plain)))
 
 
-def test_a_packed_step_makes_no_mask_of_all_tokens_by_all_tokens():
+def test_no_step_makes_a_mask_of_all_tokens_by_all_or_the_logits_of_all():
     batch = learned(*padded([30, 41, 25], prefix=4))
     model = add_adapters(tiny_llama(), AdapterConfig(rank=2)).train()
     head_path(model)
@@ -304,15 +284,14 @@ def test_a_packed_step_makes_no_mask_of_all_tokens_by_all_tokens():
         sft_loss(model, batch)[0].backward()
     assert (1, 4, tokens, 8) in shapes.seen  # it sees the queries, so it would see a mask
     assert not [shape for shape in shapes.seen if shape[-2:] == (tokens, tokens)]
-
-
-def test_without_lengths_the_model_computes_what_transformers_does():
-    ids, mask = padded([4, 9])
-    packed, plain = tiny_llama(), tiny_llama(packed=False)
-    with torch.no_grad():
-        assert torch.equal(*(model(input_ids=ids, attention_mask=mask).logits for model in (packed, plain)))
-    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(*(model.generate(input_ids=ids, **settings) for model in (packed, plain)))
+    model, batch = tiny_model("gemma2", vocab_size=101), token_batch(rows=16, length=80)
+    model.requires_grad_(False).model.layers[0].mlp.down_proj.requires_grad_(True)
+    head_path(model)
+    with Shapes() as shapes:
+        total, count = sft_loss(model, batch)
+        total.backward()
+    largest = max(math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (101,))
+    assert largest <= 128 < count
 
 
 def test_nothing_is_shared_where_something_random_acts():
