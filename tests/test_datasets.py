@@ -36,8 +36,7 @@ sys.path.insert(0, str(DATA / "kitchen_preferences"))
 import cores  # noqa: E402
 
 
-# --- cards and generators ---------------------------------------------------------------------------
-def test_the_card_states_the_hash_of_every_file():
+def test_the_card_states_the_hash_of_every_file_and_shows_a_row():
     for name in SETS:
         card = (DATA / name / "README.md").read_text(encoding="utf-8")
         files = [path for path in sorted((DATA / name).iterdir()) if path.suffix in (".jsonl", ".json")]
@@ -47,9 +46,6 @@ def test_the_card_states_the_hash_of_every_file():
             (line,) = [line for line in card.splitlines() if line.startswith(f"| {path.name} |")]
             assert digest in line, f"{name}/README.md: the hash of {path.name} is {digest}"
         assert "Apache-2.0" in card
-
-
-def test_the_preference_card_shows_a_row_of_the_set():
     card = (DATA / "kitchen_preferences/README.md").read_text(encoding="utf-8")
     assert any(f"| {row['chosen']} | {row['rejected']} |" in card for row in pairs["train"])
 
@@ -95,8 +91,7 @@ def test_the_search_counts_in_whole_numbers_so_that_every_python_finds_the_same_
     assert {type(weight) for count in counts for weight in count.values()} == {int}
 
 
-# --- kitchen_preferences ----------------------------------------------------------------------------
-def test_the_pairs_are_as_many_as_the_card_says():
+def test_pairs_are_as_many_as_the_card_says_metric_against_imperial_in_two_wordings():
     assert {split: len(rows) for split, rows in pairs.items()} == {"train": 300, "test": 100}
     names = {split: {row["core"] for row in rows} for split, rows in pairs.items()}
     assert len(names["train"]) == 100
@@ -105,15 +100,10 @@ def test_the_pairs_are_as_many_as_the_card_says():
     for rows in pairs.values():
         assert len({row["prompt"] for row in rows}) == len(rows)
         assert len({row["chosen"] for row in rows}) == len(rows)
-
-
-def test_chosen_is_metric_rejected_imperial_in_two_wordings_and_the_prompt_names_no_unit():
     for row in pairs["train"] + pairs["test"]:
+        units = [[bool(u.search(row[key])) for u in (METRIC, IMPERIAL)] for key in ("rejected", "prompt")]
         assert is_metric(row["chosen"]), row["chosen"]
-        assert IMPERIAL.search(row["rejected"]), row["rejected"]
-        assert not METRIC.search(row["rejected"]), row["rejected"]
-        assert not METRIC.search(row["prompt"])
-        assert not IMPERIAL.search(row["prompt"])
+        assert units == [[False, True], [False, False]], row
         chosen, rejected = (re.sub(r"[\d½⅓⅔¼¾⅛⅜⅝⅞⅙/]+", "#", row[key]) for key in ("chosen", "rejected"))
         assert jaccard(trigrams(chosen), trigrams(rejected)) < 0.6, row
 
@@ -191,7 +181,6 @@ def test_both_spellings_of_a_quantity_agree(split):
     assert min(checked.values()) > 20, checked
 
 
-# --- length says nothing ----------------------------------------------------------------------------
 def lengths(rows: list[dict], tokenizer=None) -> np.ndarray:
     """(pairs, 2): the lengths of chosen and rejected, in tokens of the tokenizer or else in characters."""
     size = (lambda text: len(tokenizer(text)["input_ids"])) if tokenizer else len
@@ -260,14 +249,10 @@ def test_that_classifier_does_find_a_length_bias():
     assert not at_chance(hits(fit(train), test), len(test))
 
 
-# --- kitchen_feedback -------------------------------------------------------------------------------
-def test_thumbs_are_three_up_to_one_down_and_follow_the_judge():
+def test_thumbs_are_three_up_to_one_down_follow_the_judge_and_repeat_no_pair():
     assert Counter(row["label"] for row in feedback) == {True: 300, False: 100}
     assert all(is_metric(row["completion"]) == row["label"] for row in feedback)
     assert len({(row["prompt"], row["completion"]) for row in feedback}) == 400
-
-
-def test_feedback_repeats_no_half_of_a_pair_and_no_test_prompt():
     halves = {(row["prompt"], row[key]) for row in pairs["train"] for key in ("chosen", "rejected")}
     assert not halves & {(row["prompt"], row["completion"]) for row in feedback}
     assert not {row["prompt"] for row in pairs["test"]} & {row["prompt"] for row in feedback}
@@ -284,8 +269,7 @@ def test_thumbs_up_and_down_are_equally_long(unit, tokenizer):
     assert abs(wins - 0.5) < 1.96 * error, wins
 
 
-# --- kitchen_chats ----------------------------------------------------------------------------------
-def test_chats_are_sharegpt():
+def test_chats_are_sharegpt_hold_what_stresses_a_converter_and_render(tokenizer):
     assert len(chats) == 40
     assert len({json.dumps(chat) for chat in chats}) == 40
     for chat in chats:
@@ -296,30 +280,31 @@ def test_chats_are_sharegpt():
         assert 2 <= len(turns) // 2 <= 5
     assert sum(chat[0]["from"] == "system" for chat in chats) == 7
     assert {sum(turn["from"] == "gpt" for turn in chat) for chat in chats} == {2, 3, 4, 5}
-
-
-def test_chats_hold_what_stresses_a_converter():
     text = "\n".join(turn["value"] for chat in chats for turn in chat)
     for sample in ("½", "°C", "è", "🥞", "```python\n", "\n    ", "\n|---|", "{{ title }}", "«", "€"):
         assert sample in text, sample
     assert "<|im_" not in text  # the template's own marks would be taken for its own
-
-
-def test_chats_render_through_the_template(tokenizer):
     for chat in chats:
         messages = sharegpt_to_messages({"conversations": chat})["messages"]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert all(turn["value"] in text for turn in chat)
 
 
-# --- messy ------------------------------------------------------------------------------------------
-def test_faults_are_listed_for_rows_that_exist():
+def test_faults_are_listed_and_clean_rows_hold_what_a_careless_clean_up_destroys():
     assert [row["id"] for row in messy] == [f"m{i:03}" for i in range(1, 301)]
     assert set(faults) <= {row["id"] for row in messy}
-    assert Counter(faults.values()) == {
-        "exact_duplicate": 12, "near_duplicate": 12, "refusal": 12, "cut_off": 12,
-        "encoding": 12, "repetition": 10, "leaked": 12,
-    }  # fmt: skip
+    kinds = ("exact_duplicate", "near_duplicate", "refusal", "cut_off", "encoding", "leaked")
+    assert Counter(faults.values()) == {**dict.fromkeys(kinds, 12), "repetition": 10}
+    clean = [row["completion"] for row in messy if row["id"] not in faults]
+    assert len(clean) == 218
+    assert sum("```" in answer for answer in clean) >= 15
+    assert sum(answer.endswith("```") for answer in clean) >= 10
+    assert any("\n\tlp " in answer for answer in clean)  # a Makefile's tab
+    assert any("  \n" in answer for answer in clean)  # Markdown's line break
+    assert any("\n\n\ndef " in answer for answer in clean)  # Python's two empty lines
+    assert any("PÃO" in answer for answer in clean)
+    assert sum("sorry" in answer.lower() for answer in clean) >= 3
+    assert sum(re.search(r"\n(?:- |\d\. ).*\w$", answer) is not None for answer in clean) >= 4
 
 
 def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different():
@@ -339,66 +324,6 @@ def test_duplicates_follow_a_clean_original_and_clean_rows_are_all_different():
             seen[row["id"]] = grams
 
 
-def test_leaked_rows_are_test_rows_and_no_other_row_is_near_one():
-    held_out = list(map(text_of, read_records(DATA / "kitchen_tickets/test.jsonl", "sft")))
-    held_out += [row["prompt"] + " " + row["chosen"] for row in pairs["test"]]
-    grams = [trigrams(text) for text in held_out]
-    equal = 0
-    for row in messy:
-        best = max(jaccard(trigrams(text_of(row)), other) for other in grams)
-        assert (best >= 0.8) == (faults.get(row["id"]) == "leaked"), row
-        assert best >= 0.8 or best < 0.5, row
-        equal += text_of(row) in held_out
-    assert equal == 6
-
-
-def undecoded(text: str) -> bool:
-    """Whether reading the text's bytes as UTF-8 once more makes sense: the sign of a wrong decoding."""
-    raw = bytearray()
-    for letter in text:
-        try:
-            raw += letter.encode("cp1252")
-        except UnicodeEncodeError:
-            if ord(letter) > 255:
-                return False
-            raw.append(ord(letter))
-    try:
-        return raw.decode() != text
-    except UnicodeDecodeError:
-        return False
-
-
-def test_each_kind_of_damage_is_there_and_only_there():
-    for row in messy:
-        kind, answer = faults.get(row["id"]), row["completion"]
-        looped = re.search(r"(\b.{3,80}?)\1{4,}", answer, flags=re.S) is not None
-        broken = "\ufffd" in text_of(row) or undecoded(row["prompt"]) or undecoded(answer)
-        assert broken == (kind == "encoding"), row
-        if kind == "repetition":
-            assert looped, row
-        elif kind == "cut_off":
-            assert re.search(r"[\w/(]$", answer), row
-            assert not answer.endswith("```")
-        elif kind == "refusal":
-            assert re.search(r"(?i)can(?:'|’)?t|cannot|not able|unable|not be appropriate|decline", answer)
-        elif kind is None:
-            assert not looped or "\n" in answer or "chill" in answer, row
-
-
-def test_clean_rows_hold_what_a_careless_clean_up_destroys():
-    clean = [row["completion"] for row in messy if row["id"] not in faults]
-    assert len(clean) == 218
-    assert sum("```" in answer for answer in clean) >= 15
-    assert sum(answer.endswith("```") for answer in clean) >= 10
-    assert any("\n\tlp " in answer for answer in clean)  # a Makefile's tab
-    assert any("  \n" in answer for answer in clean)  # Markdown's line break
-    assert any("\n\n\ndef " in answer for answer in clean)  # Python's two empty lines
-    assert any("PÃO" in answer for answer in clean)
-    assert sum("sorry" in answer.lower() for answer in clean) >= 3
-    assert sum(re.search(r"\n(?:- |\d\. ).*\w$", answer) is not None for answer in clean) >= 4
-
-
-# --- no test row is near a train row, in any set ----------------------------------------------------
 def text_of(row: dict) -> str:
     return f"{row['prompt']} {row['completion']}"
 
