@@ -1,5 +1,4 @@
-"""The plan of a step against the same step on real tensors, against known numbers, and against this
-process."""
+"""The plan of a step against the same step on real tensors, known numbers, and this process."""
 
 import functools
 import sys
@@ -16,26 +15,10 @@ from spark_ft.adapters import AdapterConfig, adapters_disabled, add_adapters
 from spark_ft.cli import main as cli
 from spark_ft.data.batches import collate_preferences, with_prompt
 from spark_ft.experts import quantize_model
+from spark_ft.memory import trace as t
 from spark_ft.memory.machine import DGX_SPARK_SPEED, Machine, free_at_once, measure
 from spark_ft.memory.plan import METHODS, plan_step, plan_training
 from spark_ft.memory.shapes import SHAPES, known_config
-from spark_ft.memory.trace import (
-    ADAPTERS,
-    CHECKPOINTS,
-    CONTEXT,
-    DEQUANTIZED,
-    EMBEDDINGS,
-    EXPERTS,
-    GRADIENTS,
-    LINEAR,
-    LOGITS,
-    MOMENTS,
-    RECOMPUTED,
-    REFERENCE,
-    SAVED,
-    START,
-    WEIGHTS,
-)
 from spark_ft.memory.tracker import Tracker, real_tensors
 from spark_ft.models import load_model
 from spark_ft.scoring import sequence_logps, sft_loss
@@ -64,18 +47,22 @@ def counted(model, batch, loss=sft_loss, accumulates=False) -> Tracker:
     return tracker
 
 
+def trained_by(method, model, targets="all-linear"):
+    if method == "qlora":
+        quantize_model(model)
+    if method != "full":
+        add_adapters(model, AdapterConfig(method.removeprefix("q"), rank=4, targets=targets))
+    return model.train()
+
+
 def prepared(kind, method, checkpointing, layers=4):
     """A tiny model of a kind, ready to be trained by a method."""
     several = {} if kind in ("gemma3_text", "gpt_oss") else {"num_hidden_layers": layers}
-    model = tiny_model(kind, **several)
-    if method != "full":
-        targets = ATTENTION if kind in EXPERT_KINDS else "all-linear"
-        if method == "qlora":
-            quantize_model(model)
-        add_adapters(model, AdapterConfig(method.removeprefix("q"), rank=4, targets=targets))
+    targets = ATTENTION if kind in EXPERT_KINDS else "all-linear"
+    model = trained_by(method, tiny_model(kind, **several), targets)
     if checkpointing:
         model.activation_checkpointing_enable()
-    return model.train()
+    return model
 
 
 def pair_loss(model, batch):
@@ -88,14 +75,10 @@ def pair_loss(model, batch):
 
 
 def pairs(tokenizer):
-    rows = [
-        {"prompt": f"Soup {i}?" * (1 + i), "chosen": "Two grams. " * (3 - i), "rejected": "A cup."}
-        for i in range(3)
-    ]
+    chosen, rejected = "Two grams. ", "A cup."
+    texts = [(f"Soup {i}?" * (1 + i), chosen * (3 - i), rejected) for i in range(3)]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
     return collate_preferences(rows, tokenizer)
-
-
-# --- the plan is the step -----------------------------------------------------------------------------------
 
 
 def far_apart(method, kinds):
@@ -162,20 +145,13 @@ def test_the_embedded_model_is_planned_to_the_byte_and_left_as_it_was(embedded):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_shape_alone_gives_the_plan_of_the_real_model(method):
     config = tiny_llama(num_hidden_layers=6).config
-    plan = plan_training(
-        config, method, batch_size=2, length=30, rank=4, checkpointing=False, dtype=FP32, device="cpu"
-    )
-    model = tiny_llama(num_hidden_layers=6)
-    if method == "qlora":
-        quantize_model(model)
-    model.requires_grad_(True) if method == "full" else add_adapters(
-        model, AdapterConfig(method.removeprefix("q"), rank=4)
-    )
+    settings = {"batch_size": 2, "length": 30, "rank": 4, "checkpointing": False}
+    plan = plan_training(config, method, **settings, dtype=FP32, device="cpu")
+    model = trained_by(method, tiny_llama(num_hidden_layers=6))
     ids = torch.arange(30).remainder(7).repeat(2, 1)
     ids[:, 0] = torch.tensor([1, 2])
-    real = counted(
-        model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    )
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    real = counted(model.train(), batch)
     assert plan.peak == pytest.approx(real.peak, rel=0.01)
 
 
@@ -192,10 +168,7 @@ def test_a_module_that_is_no_language_model_is_planned_too_and_a_loss_that_cheat
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-# --- known numbers ------------------------------------------------------------------------------------------
-
-
-def test_a_known_shape_has_the_published_number_of_parameters():
+def test_a_known_shape_has_the_published_size_and_is_found_under_the_names_that_hubs_use(tmp_path):
     from transformers import AutoModelForCausalLM
 
     published = {  # billions, from the models' own pages
@@ -216,9 +189,6 @@ def test_a_known_shape_has_the_published_number_of_parameters():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known_config(name))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3), name
-
-
-def test_a_shape_is_found_under_the_names_that_hubs_and_re_uploads_use(tmp_path):
     for name, known in {
         "meta-llama/Llama-3.3-70B-Instruct": "Llama-3.3-70B",
         "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit": "Llama-3.1-8B",
@@ -247,59 +217,48 @@ def near(gigabytes):
     return pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
-def test_70b_qlora_term_by_term():
+def test_70b_qlora_term_by_term_and_its_floor():
     plan = LLAMA_70B(length=2048)
-    for name, gigabytes in (
-        (LINEAR, 35.31),
-        (EMBEDDINGS, 4.20),
-        (ADAPTERS, 0.41),
-        (MOMENTS, 0.83),
-        (CHECKPOINTS, 2.7),
-    ):
+    terms = {t.LINEAR: 35.31, t.EMBEDDINGS: 4.20, t.ADAPTERS: 0.41, t.MOMENTS: 0.83, t.CHECKPOINTS: 2.7}
+    for name, gigabytes in terms.items():
         assert plan.terms[name] == near(gigabytes), name
-    assert plan.terms[CONTEXT] == 700_000_000
+    assert plan.terms[t.CONTEXT] == 700_000_000
     assert sum(plan.terms.values()) == plan.peak == plan.total
     assert plan.where == "backward of the last layer"
     assert plan.peak == near(45.5)
     assert LLAMA_70B(length=512).peak == near(43.3)
-    assert plan.moments["backward of the first layer"][GRADIENTS] == near(0.41)
-    without = plan.peak - plan.terms[EMBEDDINGS]
+    assert plan.moments["backward of the first layer"][t.GRADIENTS] == near(0.41)
+    without = plan.peak - plan.terms[t.EMBEDDINGS]
     assert without < 0.92 * plan.peak  # the control: a plan that forgets the embeddings is wrong by a tenth
+    short = LLAMA_70B(length=512)  # on a DGX Spark its floor is its products, not its bytes
+    assert short.flops == pytest.approx(213e12, rel=0.03)
+    assert short.floor(DGX_SPARK_SPEED) == pytest.approx(2.29, rel=0.03)
+    assert short.floor(Machine("all bytes", 1e30, 273e9)) == pytest.approx(0.44, rel=0.05)
 
 
-def test_the_floor_of_70b_qlora_on_a_dgx_spark_is_its_products_not_its_bytes():
-    plan = LLAMA_70B(length=512)
-    assert plan.flops == pytest.approx(213e12, rel=0.03)
-    assert plan.floor(DGX_SPARK_SPEED) == pytest.approx(2.29, rel=0.03)
-    assert plan.floor(Machine("all bytes", 1e30, 273e9)) == pytest.approx(0.44, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("name", "gigabytes"), [("Qwen3-30B-A3B", 27.4), ("gpt-oss-20b", 25.5), ("gpt-oss-120b", 92.4)]
-)
-def test_mixtures_of_experts_in_nf4_are_planned(name, gigabytes):
-    plan = plan_training(known_config(name), "qlora", length=2048)
-    assert plan.terms[EXPERTS] > 10 * plan.terms[LINEAR]
-    assert plan.peak == pytest.approx(gigabytes * 1e9, rel=0.1)
+def test_mixtures_of_experts_in_nf4_are_planned():
+    for name, gigabytes in (("Qwen3-30B-A3B", 27.4), ("gpt-oss-20b", 25.5), ("gpt-oss-120b", 92.4)):
+        plan = plan_training(known_config(name), "qlora", length=2048)
+        assert plan.terms[t.EXPERTS] > 10 * plan.terms[t.LINEAR]
+        assert plan.peak == pytest.approx(gigabytes * 1e9, rel=0.1), name
 
 
 def test_each_setting_moves_its_own_terms():
     plan = functools.partial(plan_training, known_config("Qwen3-0.6B"), "lora", length=256)
     base = plan()
-    assert plan(rank=32).terms[ADAPTERS] == 2 * base.terms[ADAPTERS]
-    assert plan(adapter_dtype=BF16).terms[MOMENTS] == base.terms[MOMENTS] / 2
-    assert plan(checkpointing=False).terms[SAVED] > 5 * base.terms[CHECKPOINTS]
-    assert plan(length=512).terms[CHECKPOINTS] == 2 * base.terms[CHECKPOINTS]
-    assert plan(batch_size=2).terms[RECOMPUTED] == pytest.approx(2 * base.terms[RECOMPUTED], rel=0.01)
-    assert plan(gradient_accumulation_steps=4).terms[GRADIENTS] == base.terms[ADAPTERS]
-    assert plan(device="cpu").terms.get(CONTEXT, 0) == 0
-    assert DEQUANTIZED in plan_training(known_config("Qwen3-0.6B"), "qlora", length=64, dtype=FP32).terms
-    assert REFERENCE in plan_training(known_config("Qwen3-0.6B"), "full", task="preference", length=64).terms
-    assert REFERENCE not in plan(task="preference").terms
-    assert (
-        plan(loss=whole_logits).moments["the output head"][LOGITS]
-        > 10 * base.moments["the output head"][LOGITS]
-    )
+    assert plan(rank=32).terms[t.ADAPTERS] == 2 * base.terms[t.ADAPTERS]
+    assert plan(adapter_dtype=BF16).terms[t.MOMENTS] == base.terms[t.MOMENTS] / 2
+    assert plan(checkpointing=False).terms[t.SAVED] > 5 * base.terms[t.CHECKPOINTS]
+    assert plan(length=512).terms[t.CHECKPOINTS] == 2 * base.terms[t.CHECKPOINTS]
+    assert plan(batch_size=2).terms[t.RECOMPUTED] == pytest.approx(2 * base.terms[t.RECOMPUTED], rel=0.01)
+    assert plan(gradient_accumulation_steps=4).terms[t.GRADIENTS] == base.terms[t.ADAPTERS]
+    assert plan(device="cpu").terms.get(t.CONTEXT, 0) == 0
+    small = functools.partial(plan_training, known_config("Qwen3-0.6B"), length=64)
+    assert t.DEQUANTIZED in small("qlora", dtype=FP32).terms
+    assert t.REFERENCE in small("full", task="preference").terms
+    assert t.REFERENCE not in plan(task="preference").terms
+    whole, chunked = (it.moments["the output head"][t.LOGITS] for it in (plan(loss=whole_logits), base))
+    assert whole > 10 * chunked
 
 
 def whole_logits(model, batch):
@@ -307,40 +266,16 @@ def whole_logits(model, batch):
     return model(**batch, use_cache=False).loss, 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
+def test_what_cannot_be_planned_is_named_by_the_command_in_one_line(capsys, tmp_path):
+    for arguments, says in (
         ({"method": "lorra"}, 'method="lorra" is unknown; choose one of full, lora, dora, qlora'),
         ({"task": "chat"}, 'task="chat" is unknown'),
         ({"device": "tpu"}, 'device="tpu" is unknown'),
         ({"batch_size": 0}, "batch_size=0, .*: each must be at least 1"),
         ({"length": 0}, "length=0"),
-    ],
-)
-def test_bad_settings_are_named(arguments, says):
-    with pytest.raises(ValueError, match=says):
-        plan_training(known_config("SmolLM2-135M"), **arguments)
-
-
-def test_a_plan_prints_its_terms_the_peak_and_where_it_lies():
-    said = str(LLAMA_70B(length=512))
-    assert "linear layers                35.31     32.89" in said
-    assert "backward of the last layer" in said
-    assert "method qlora, rank 16, adapters bf16, linear layers nf4" in said
-
-
-# --- the command --------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_the_table_the_fit_and_the_floor(capsys):
-    assert cli(["plan", "openai/gpt-oss-20b", "--method", "qlora", "--seq", "512"]) == 0
-    said = capsys.readouterr().out
-    assert "experts" in said
-    assert "a DGX Spark    fits" in said
-    assert "s a step at least" in said
-
-
-def test_the_command_says_in_one_line_what_it_cannot_plan(capsys, tmp_path):
+    ):
+        with pytest.raises(ValueError, match=says):
+            plan_training(known_config("SmolLM2-135M"), **arguments)
     (tmp_path / "config.json").write_text('{"model_type": "llama",')
     assert cli(["plan", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -348,19 +283,28 @@ def test_the_command_says_in_one_line_what_it_cannot_plan(capsys, tmp_path):
     assert "Qwen3-30B-A3B" in capsys.readouterr().err
 
 
-# --- this process -------------------------------------------------------------------------------------------
-# A process of its own reads the model, trains it once on a few tokens (libraries load, workspaces are made),
-# and then trains two steps. glibc is told to give freed memory back at once: with holes in its heap the
-# process is larger.
+def test_a_plan_and_the_command_print_the_terms_the_peak_the_fit_and_the_floor(capsys):
+    print(LLAMA_70B(length=512))
+    assert cli(["plan", "openai/gpt-oss-20b", "--method", "qlora", "--seq", "512"]) == 0
+    said = capsys.readouterr().out
+    assert "linear layers                35.31     32.89" in said
+    assert "method qlora, rank 16, adapters bf16, linear layers nf4" in said
+    for part in ("backward of the last layer", "experts", "a DGX Spark    fits", "s a step at least"):
+        assert part in said
+
+
+# A process of its own trains once on a few tokens (libraries load, workspaces are made), then twice on many.
+# glibc is told to give freed memory back at once: with holes in its heap the process is larger.
 
 
 def process_bytes(method, length):
     """(what the process took beside what it held before, what the plan says), in a process of its own."""
     free_at_once()
     model = load_model(dtype=FP32, quantize="nf4" if method == "qlora" else None)[0]
-    model.requires_grad_(True) if method == "full" else add_adapters(
-        model, AdapterConfig(method.removeprefix("q"))
-    )
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        add_adapters(model, AdapterConfig(method.removeprefix("q")))
     for p in model.parameters():
         p.sum()  # weights are mapped from disk until they are read
     few, many = (token_batch(rows=2, length=n, vocab=40_000) for n in (16, length))
@@ -369,14 +313,12 @@ def process_bytes(method, length):
     with measure("cpu", process=True) as process:
         train(model, lambda _: many, sft_loss, settings)
     plan = plan_step(model.train(), many)
-    weights = sum(plan.moments[START].get(kind, 0) for kind in WEIGHTS)
+    weights = sum(plan.moments[t.START].get(kind, 0) for kind in t.WEIGHTS)
     return process.extra, plan.peak - weights
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="what a process holds is known to the byte on Linux alone"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="it is known to the byte on Linux alone")
 @pytest.mark.parametrize(("method", "length"), [("full", 512), ("lora", 128), ("lora", 1024), ("qlora", 512)])
 def test_the_plan_is_within_a_tenth_of_what_a_fresh_process_takes(method, length):
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
