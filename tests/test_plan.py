@@ -237,10 +237,10 @@ def test_70b_qlora_term_by_term_and_its_floor():
 
 
 def test_mixtures_of_experts_in_nf4_are_planned():
-    for name, gigabytes in (("Qwen3-30B-A3B", 27.4), ("gpt-oss-20b", 25.5), ("gpt-oss-120b", 92.4)):
+    for name, gigabytes in (("Qwen3-30B-A3B", 19.7), ("gpt-oss-20b", 16.6), ("gpt-oss-120b", 71.2)):
         plan = plan_training(known_config(name), "qlora", length=2048)
         assert plan.terms[t.EXPERTS] > 10 * plan.terms[t.LINEAR]
-        assert plan.peak == pytest.approx(gigabytes * 1e9, rel=0.1), name
+        assert plan.peak == pytest.approx(gigabytes * 1e9, rel=0.01), name
 
 
 def test_each_setting_moves_its_own_terms():
@@ -250,15 +250,17 @@ def test_each_setting_moves_its_own_terms():
     assert plan(adapter_dtype=BF16).terms[t.MOMENTS] == base.terms[t.MOMENTS] / 2
     assert plan(checkpointing=False).terms[t.SAVED] > 5 * base.terms[t.CHECKPOINTS]
     assert plan(length=512).terms[t.CHECKPOINTS] == 2 * base.terms[t.CHECKPOINTS]
-    assert plan(batch_size=2).terms[t.RECOMPUTED] == pytest.approx(2 * base.terms[t.RECOMPUTED], rel=0.01)
+    one, two = (it.moments["backward of the last layer"][t.RECOMPUTED] for it in (base, plan(batch_size=2)))
+    assert two == pytest.approx(2 * one, rel=0.01)
     assert plan(gradient_accumulation_steps=4).terms[t.GRADIENTS] == base.terms[t.ADAPTERS]
     assert plan(device="cpu").terms.get(t.CONTEXT, 0) == 0
     small = functools.partial(plan_training, known_config("Qwen3-0.6B"), length=64)
     assert t.DEQUANTIZED in small("qlora", dtype=FP32).terms
     assert t.REFERENCE in small("full", task="preference").terms
     assert t.REFERENCE not in plan(task="preference").terms
-    whole, chunked = (it.moments["the output head"][t.LOGITS] for it in (plan(loss=whole_logits), base))
-    assert whole > 10 * chunked
+    both = plan(length=1024, loss=whole_logits), plan(length=1024)
+    whole, chunked = (it.moments["the output head"][t.LOGITS] for it in both)
+    assert whole > 8 * chunked
 
 
 def whole_logits(model, batch):

@@ -59,7 +59,8 @@ def trace_step(
     reference: nn.Module | None = None,
 ) -> Trace:
     """The trace of a step of the whole model, from that of one period of its layers and of two."""
-    _find_head_path(model)
+    for lm in {model, reference or model}:
+        _find_head_path(lm)
     layers = _layers(model)
     total = max(1, len(layers))
     start, period = _period(layers, getattr(_text_config(model), "layer_types", None))
