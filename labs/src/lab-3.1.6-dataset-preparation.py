@@ -40,6 +40,7 @@ import random
 import re
 import tempfile
 import time
+import warnings
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -393,12 +394,14 @@ limit = 128
 lengths = [(len(p), len(c)) for p, c in rendered]
 too_long = sum(p + c > limit for p, c in lengths)
 gone = sum(p >= limit for p, _ in lengths)
-batch = collate_sft(chats, tokenizer, max_length=limit)
+with warnings.catch_warnings(record=True) as told:
+    batch = collate_sft(chats, tokenizer, max_length=limit)
 kept = (batch["labels"] != -100).sum(1).tolist()
 print(f"limit {limit}: {too_long} of {len(chats)} chats are too long")
 print(f"  cut at the end: {gone} of them keep no token of their last answer")
 whole = sum(k == c for k, (_, c) in zip(kept, lengths, strict=True))
 print(f"  collate_sft: {whole} of {len(chats)} keep their last answer whole")
+print(f"  and it tells: {told[0].message}")
 assert kept == [c for _, c in lengths]
 try:
     collate_sft(chats, tokenizer, max_length=40)
