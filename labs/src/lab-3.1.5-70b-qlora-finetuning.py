@@ -758,13 +758,13 @@ for name, free in readings.items():
     print(f"S = 2,048 {fit_report(plans[2048], room)}\n")
 
 # %% [markdown]
-# `budget()` takes the larger of the two, less a reserve: 8 GiB on a machine like that, so that it stays alive. `train` asks it before the first step, and refuses. Here is such a refusal: a thousand rows of 2,048 tokens at once, on the
+# `budget()` takes the larger of the two, less a reserve: 8 GiB on a machine like that, so that it stays alive. `train` asks it before the first step, and refuses. Here is such a refusal: 64 rows of 2,048 tokens at once, on the
 # small model.
 
 # %%
 model, _ = load_model(EMBEDDED, dtype=torch.float32)
 add_adapters(model.cpu(), AdapterConfig(rank=16)).train()
-ids = torch.arange(2048) % 1000 + torch.arange(1024)[:, None]
+ids = torch.arange(2048) % 1000 + torch.arange(64)[:, None]
 try:
     Guard(model).check({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 except MemoryError as refusal:
