@@ -758,7 +758,7 @@ for name, free in readings.items():
     print(f"S = 2,048 {fit_report(plans[2048], room)}\n")
 
 # %% [markdown]
-# `budget()` takes the larger of the two, less a reserve: 8 GiB on a machine like that, so that it stays alive. `train` asks it before the first step, and refuses. Here is such a refusal: 64 rows of 2,048 tokens at once, on the
+# `budget()` takes the larger of the two, less a reserve: 8 GiB on a machine like that, so that it stays alive. `train` asks it before a step starts, and refuses. Here is such a refusal: 64 rows of 2,048 tokens at once, on the
 # small model.
 
 # %%
