@@ -320,7 +320,7 @@ for kind, notes, answers in (("seen phrasing", seen, answers_seen), ("unseen phr
 # ## 9. The control: shuffled answers
 #
 # Did the model learn *the task*, or does any training on JSON look this good? Give each note another note's ticket: the same notes, the same
-# tickets, and half as many steps, to spare the machine. The loss falls here too, for the form can be learned. But no answer can be
+# tickets, and as many steps. The loss falls here too, for the form can be learned. But no answer can be
 # right except by luck. If this run scored well, the measure would be broken. Its three seeds are stored, beside three of the true run. (There
 # a ticket counts when each of its tokens is the likeliest after the right ones before it, which is when greedy generation writes it.)
 
