@@ -113,7 +113,9 @@ class Tracker(TorchDispatchMode):
         self._count_flops(function, args, kwargs, result)
         given = {tensor.untyped_storage()._cdata for tensor in inputs} | self._of.keys()
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in given:
+            if not isinstance(x, Tensor) or x.is_meta or (isinstance(x, FakeTensor) and not self.fake):
+                continue  # of a shape alone; a plan that runs inside a measured block takes no memory
+            if x.untyped_storage()._cdata not in given:
                 self.count(x, self.label(x, inputs))
         return result
 
