@@ -193,12 +193,15 @@ def parts_of(batch: Batch, parts: int) -> list[Batch]:
     return [{key: x[share] for key, x in batch.items()} for share in rows.tensor_split(parts) if len(share)]
 
 
-def size_of(batch: Batch) -> tuple[int, int, int]:
-    """What a step's memory grows with: numbers in the batch's masks, tokens scored, and the longest row."""
+def size_of(batch: Batch) -> tuple[int, int, int, int]:
+    """What a step's memory grows with: numbers in the batch's masks, tokens scored, the longest row; and
+    whether all rows begin alike, since attention to what they share takes masks of its own."""
     masks = [x for name, x in batch.items() if name.endswith("_mask")] or list(batch.values())
-    labels = batch.get("labels")
-    scored = sum(x.numel() for x in masks) if labels is None else int((labels != IGNORE).sum())
-    return sum(x.numel() for x in masks), scored, sum(x[0].numel() for x in masks)
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    computed = sum(x.numel() for x in masks)
+    scored = computed if labels is None else int((labels != IGNORE).sum())
+    alike = ids is not None and len(ids) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
+    return computed, scored, sum(x[0].numel() for x in masks), int(alike)
 
 
 # ── the model and its batch, from a config ──────────────────────────────────────────────────────────────────
