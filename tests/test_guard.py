@@ -60,7 +60,7 @@ def lengths_that_run(monkeypatch, schedule, total):
     def batches(step):
         if begun:
             peaks.append(pretended.tracker.peak)
-        return token_batch(seed=step, rows=2, length=schedule[step])
+        return token_batch(rows=2, length=schedule[step])
 
     try:
         with pretended.tracker:
@@ -71,21 +71,21 @@ def lengths_that_run(monkeypatch, schedule, total):
 
 
 @pytest.mark.slow
-def test_a_hundred_random_schedules_start_all_steps_that_fit_and_no_others(monkeypatch):
+def test_random_schedules_start_all_steps_that_fit_and_no_others(monkeypatch):
     trained = model(2, hidden_size=32)
-    need = {n: plan_step(trained, token_batch(rows=2, length=n)).peak for n in range(12, 200)}
+    need = {n: plan_step(trained, token_batch(rows=2, length=n)).peak for n in range(12, 200, 4)}
     rng = random.Random(0)
     refusals = 0
-    for _ in range(100):
-        schedule = [rng.randrange(12, 200) for _ in range(6)]
-        total = need[rng.randrange(40, 200)] + rng.randrange(-1000, 1000)
+    for _ in range(30):
+        schedule = [rng.randrange(12, 200, 4) for _ in range(4)]
+        total = need[rng.randrange(40, 200, 4)] + rng.randrange(-1000, 1000)
         with monkeypatch.context() as patched:
             begun, peaks, refused = lengths_that_run(patched, schedule, total)
         assert max(peaks, default=0) <= total, (schedule, total, begun)
         if refused is not None:
             refusals += 1
             assert need[refused] > total / 1.1, (schedule, total, refused)
-    assert 20 < refusals < 80
+    assert 5 < refusals < 25
 
 
 def test_the_step_that_is_too_long_is_refused_by_its_largest_term_and_the_model_is_as_it_was(monkeypatch):
