@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "load_adapters",
             "merge_adapters",
             "save_adapters",
+            "use_adapter",
         ),
         "models": ("load_model", "load_tokenizer", "profile"),
         "memory.plan": ("MemoryPlan", "plan_training"),
