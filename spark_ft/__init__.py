@@ -14,6 +14,18 @@ __getattr__, __dir__, __all__ = lazy_names(
         "methods.neftune": ("neftune", "neftune_noise"),
         "methods.nf4": ("NF4_CODE", "NF4Linear", "NF4Tensor", "quantize_nf4"),
         "methods.logprobs": ("chunked_logps", "token_logps"),
+        "methods.preference": (
+            "apo_down_loss",
+            "apo_zero_loss",
+            "cdpo_loss",
+            "dpo_loss",
+            "implicit_reward",
+            "ipo_loss",
+            "kto_loss",
+            "orpo_loss",
+            "robust_dpo_loss",
+            "simpo_loss",
+        ),
         "adapters": (
             "AdapterConfig",
             "adapters_disabled",

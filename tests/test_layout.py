@@ -101,7 +101,7 @@ def test_nothing_reads_pickles_or_trusts_remote_code():
 def test_every_file_is_read_in_one_sitting():
     outside = [PACKAGE / name for name in TREES if not name.startswith(("lab/", "bench/"))]
     limits = {
-        "methods/": (length(*PACKAGE.glob("methods/*.py")), 780),  # 900 with the preference losses
+        "methods/": (length(*PACKAGE.glob("methods/*.py")), 900),
         "methods/lora.py": (length(PACKAGE / "methods/lora.py"), 125),
         "methods/dora.py": (length(PACKAGE / "methods/dora.py"), 140),
         "the package without lab/ and bench/": (length(*outside), 6300),  # 5,200 is the aim, not reached
