@@ -56,7 +56,7 @@ def test_update():
         ("A is transposed, B is not", lambda x, A, B, alpha: alpha / len(A) * x @ A.T @ B),
         ("B is transposed, A is not", lambda x, A, B, alpha: alpha / len(A) * x @ A @ B.T),
         ("off by up to", lambda x, A, B, alpha: x + alpha / len(A) * x @ A.T @ B.T),
-        ("PyTorch says.*x Aᵀ Bᵀ", lambda x, A, B, alpha: x.expand(3, 5, 9) @ A.T @ B.T),
+        ("raised.*x Aᵀ Bᵀ", lambda x, A, B, alpha: x.expand(3, 5, 9) @ A.T @ B.T),
     )
 
 
@@ -120,8 +120,8 @@ def test_layer():
         ("the bias is lost", "self.base(x)", "F.linear(x, self.base.weight)"),
         ("carries no gradient", update, f"({update}).detach()"),
         ("lora_A gets no grad", "self.lora_A.T", "self.lora_A.detach().T"),
-        ("off by|PyTorch says", update, "x @ self.lora_A @ self.lora_B"),
-        ("off by|PyTorch says", update, "x @ self.lora_B @ self.lora_A"),
+        ("off by|raised", update, "x @ self.lora_A @ self.lora_B"),
+        ("off by|raised", update, "x @ self.lora_B @ self.lora_A"),
         right=Right,
     )
 

@@ -48,7 +48,7 @@ def test_quantize():
         ("a row per block", nearest, f"{nearest}.flatten()"),
         ("count from 0", nearest, f"({nearest} + 1)"),
         ("two tensors", "), absmax", ")"),
-        ("PyTorch says", "weight.reshape(-1, block_size)", "weight.view(block_size, -1, 3)"),
+        ("raised", "weight.reshape(-1, block_size)", "weight.view(block_size, -1, 3)"),
         right=quantize,
     )
 
@@ -86,7 +86,7 @@ def test_packing():
         ("a byte is torch.uint8", lambda codes: codes[::2].int() * 16 + codes[1::2]),
         ("two codes share a byte", lambda codes: codes),
         ("two codes share a byte", then(pack, lambda packed: packed.view(-1, 1))),
-        ("PyTorch says", lambda codes: codes.view(-1, 3)),
+        ("raised", lambda codes: codes.view(-1, 3)),
         answers=lambda pack: (pack, unpack),
     )
     refuses(
@@ -124,7 +124,7 @@ def test_dequantize():
         ("equally spaced levels", looked_up, "(codes * 2 / (len(code) - 1) - 1)"),
         ("transposed", ".view(shape)", ".view(shape).T"),
         ("has shape", ".view(shape)", ""),
-        ("PyTorch says", ".long()", ""),
+        ("raised", ".long()", ""),
         right=dequantize,
     )
 
