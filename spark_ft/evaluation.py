@@ -31,6 +31,14 @@ def generate(
     return [text for ((text, _),) in answers]
 
 
+def answers_and_ends(
+    model: nn.Module, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = 128, batch_size: int = 32
+) -> list[tuple[str, bool]]:
+    """`generate`, with each answer whether it ended by itself; the others were cut off at max_new_tokens."""
+    answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, do_sample=False)
+    return [answer for (answer,) in answers]
+
+
 def sample(
     model: nn.Module,
     tokenizer,
