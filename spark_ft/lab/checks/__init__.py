@@ -39,7 +39,7 @@ def strict() -> bool:
     return os.environ.get("SPARK_FT_STRICT", "0") not in ("", "0") or "NBGRADER_EXECUTION" in os.environ
 
 
-def _is_stub(error: NotImplementedError) -> bool:
+def is_stub(error: NotImplementedError) -> bool:
     # nbgrader's own stub has an empty message; PyTorch's NotImplementedErrors say what is missing.
     return not str(error) or str(error).startswith(STUB)
 
@@ -67,7 +67,7 @@ def check(function: Callable[..., str]) -> Callable[..., None]:
         except CheckFailed as failure:
             raise failure.with_traceback(None) from None
         except NotImplementedError as error:
-            if not _is_stub(error):
+            if not is_stub(error):
                 raise CheckFailed(told.exception(error, answers)) from error
             if strict():
                 raise
@@ -280,7 +280,7 @@ def call(
     except CheckFailed:
         raise
     except NotImplementedError as error:
-        if _is_stub(error):
+        if is_stub(error):
             raise
         raise CheckFailed(f"{what}: {_exception(error, answer, mends)}") from error
     except Exception as error:
