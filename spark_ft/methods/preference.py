@@ -123,11 +123,11 @@ def kto_loss(
 ) -> Logp:  # fmt: skip
     """KTO (Ethayarajh 2024): thumbs up should gain more than answers do on average, thumbs down less.
 
-        up: λ_D (1 − σ(β (gain − z)))     down: λ_U (1 − σ(β (z − gain)))      (arXiv:2402.01306)
+        up: λ_D (1 − σ(β (gain − z)))     down: λ_U (1 − σ(β (z − gain)))      (arXiv:2402.01306, eq. 7)
         gain = policy − reference         z = max(0, kl), without a gradient
 
     From sums. kl: the mean gain over prompts with an answer of another row. More β stays closer to the
-    reference; usually 0.01 to 0.5. More λ makes its thumbs count more; the paper: λ_D · (number up) should be
+    reference; usually 0.01 to 0.5. More λ makes its thumbs count more; eq. 8: λ_D · (number up) should be
     1 to 4/3 times λ_U · (number down). As TRL's `kto`.
     """
     policy, reference = _checked(beta, policy, reference)
