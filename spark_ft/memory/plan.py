@@ -18,7 +18,7 @@ from spark_ft.adapters import ALL_LINEAR, AdapterConfig, adapters_disabled, add_
 from spark_ft.data.chat import IGNORE
 from spark_ft.experts import quantize_model
 from spark_ft.memory.machine import GIB, Machine
-from spark_ft.memory.trace import EXPERTS, KINDS, Batch, Loss, Trace, kinds_of, trace_step
+from spark_ft.memory.trace import EXPERTS, KINDS, Batch, Loss, Trace, find_head_path, kinds_of, trace_step
 from spark_ft.methods.nf4 import NF4Tensor
 from spark_ft.scoring import sequence_logps, sft_loss, takes_packed_rows, use_packed_attention
 
@@ -213,7 +213,9 @@ def _skeleton(kind: type, fields: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(kind.from_dict(json.loads(fields)), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(fields)), dtype=dtype)
+    find_head_path(model)  # here, once: copies keep what is found
+    return model
 
 
 def _model_of_shape(config, method, rank, targets, dtype, adapter_dtype) -> nn.Module:

@@ -18,7 +18,7 @@ from spark_ft.scoring import PACKED, head_path
 
 aten = torch.ops.aten
 Batch = dict[str, Tensor]
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+Loss = Callable[[nn.Module, Batch], tuple]  # (sum, count), and of some losses more
 CUDA_ATTENTION = "spark_ft_on_cuda"  # the name, among transformers' own, of attention as a GPU computes it
 CUDA_CONTEXT_BYTES = 700_000_000  # of a CUDA process before its first tensor: driver, kernels, workspaces
 
@@ -60,7 +60,7 @@ def trace_step(
 ) -> Trace:
     """The trace of a step of the whole model, from that of one period of its layers and of two."""
     for lm in {model, reference or model}:
-        _find_head_path(lm)
+        find_head_path(lm)
     layers = _layers(model)
     total = max(1, len(layers))
     start, period = _period(layers, getattr(_text_config(model), "layer_types", None))
@@ -104,7 +104,7 @@ def _trace(model, layers, count, few, batch, loss, device, accumulates, referenc
                 tracker.count(p.grad, GRADIENTS)
             p.register_post_accumulate_grad_hook(lambda p: tracker.count(p.grad, GRADIENTS))
         _watch(tracker, _layers(copied))
-        value, _ = loss(copied, {key: x.cpu() for key, x in batch.items()})
+        value, *_ = loss(copied, {key: x.cpu() for key, x in batch.items()})
         if not value.requires_grad:
             raise ValueError("the loss does not use the model that it is given, so its step can't be planned")
         value.backward()
@@ -244,7 +244,7 @@ def _head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _find_head_path(model: nn.Module) -> None:
+def find_head_path(model: nn.Module) -> None:
     """`head_path` of a model without numbers: are its logits its head's output, of its last hidden states?"""
     if _head(model) is None or getattr(model, "known_head_path", None):
         return
