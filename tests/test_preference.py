@@ -210,6 +210,7 @@ def test_wrong_inputs_are_refused_with_a_sentence():
         (kto_loss, (two, two, tensor([1, -1]), 0.0), "give 2 booleans, true for a thumb up"),
         (kto_loss, (two, two, [True, False], 0.0), "give 2 booleans"),
         (kto_loss, (two, two, thumbs[:1], 0.0), "give 2 booleans"),
+        (kto_loss, (two, two, thumbs, two), "kl=tensor([0., 0.])", "and one kl"),
         (lambda: dpo_loss(two, two, two, two, beta=0.0), (), "is 0.0; it must be above 0"),
         (lambda: simpo_loss(two, two, beta=float("nan")), (), "is nan; it must be above 0"),
         (lambda: orpo_loss(two, two, 0.0, weight=-1.0), (), "is -1.0; it must be above 0"),

@@ -111,8 +111,7 @@ def orpo_loss(chosen: Logp, rejected: Logp, nll: Logp | float, *, weight: float 
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    below_one = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    logp = (logp + (below_one - logp).detach()).to(at_least_fp32(logp.dtype))  # the slope stays
+    logp = (logp - (logp + torch.finfo(logp.dtype).eps).clamp(min=0).detach()).to(at_least_fp32(logp.dtype))
     log1mexp = torch.where(logp.exp() < 0.5, torch.log1p(-logp.exp()), torch.log(-logp.expm1()))
     return logp - log1mexp  # log p − log(1 − p)
 
@@ -131,8 +130,9 @@ def kto_loss(
     1 to 4/3 times λ_U · (number down). As TRL's `kto`.
     """
     policy, reference = _checked(beta, policy, reference)
-    if getattr(desirable, "dtype", None) != torch.bool or desirable.shape != policy.shape:
-        raise ValueError(f"desirable is {desirable}; give {len(policy)} booleans, true for a thumb up")
+    thumbs = getattr(desirable, "dtype", None) == torch.bool and desirable.shape == policy.shape
+    if not thumbs or getattr(kl, "ndim", 0):
+        raise ValueError(f"{desirable=}, {kl=}; give {len(policy)} booleans, true for thumbs up, and one kl")
     gain, z = policy - reference, torch.as_tensor(kl, device=policy.device).detach().clamp(min=0)
     up, down = torch.sigmoid(beta * (z - gain)), torch.sigmoid(beta * (gain - z))  # 1 − σ(x) = σ(−x)
     return torch.where(desirable, desirable_weight * up, undesirable_weight * down)
