@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "memory.machine": ("MemoryBudget", "budget", "measure"),
         "memory.shapes": ("known_config",),
         "data.records": ("check_records", "iter_records", "read_records", "write_records"),
-        "data.chat": ("all_answers", "last_answer", "render", "whole_conversation"),
+        "data.chat": ("all_answers", "last_answer", "render", "whole_conversation", "whole_text"),
         "data.batches": (
             "collate_feedback",
             "collate_preferences",
@@ -50,7 +50,8 @@ __getattr__, __dir__, __all__ = lazy_names(
             "sft_batches",
             "with_prompt",
         ),
-        "scoring": ("completion_logps", "sequence_logps", "sft_loss"),
+        "scoring": ("completion_logps", "pair_logps", "sequence_logps", "sft_loss"),
+        "preferences": ("ReferenceLogps", "feedback_loss", "preference_loss"),
         "data.formats": (
             "alpaca_to_messages",
             "chatml_to_messages",

@@ -160,7 +160,7 @@ def test_a_row_that_cannot_be_read_is_named_with_its_mend():
     alpaca = {"instruction": "a", "output": "b", "history": ["x"]}
     complains(
         (c.clean, ([good, chat("a", None)],), 'row 1: "messages" at [1]: "content" must be', "fill it in"),
-        (c.clean, ([{"messages": [call]}],), '"content" is empty; write the call into it'),
+        (c.clean, ([{"messages": [call]}],), '"tool_calls" must be a list of calls'),
         (c.clean, ([row(math.nan)],), 'row 0: "completion" must be a text, not NaN'),
         (c.clean, ([alpaca],), '"history" must be a list of earlier turns'),
         (c.clean, ([["a"]],), "row 0: a row must be a JSON object"),

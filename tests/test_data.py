@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from spark_ft import collate_feedback, collate_preferences, collate_sft, with_prompt
 from spark_ft.data.batches import feedback_batches, preference_batches, sft_batches
-from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation
+from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation, whole_text
 from spark_ft.data.formats import sft_to_messages, sharegpt_to_messages, to_dataset
 from spark_ft.data.records import check_records, iter_records, read_records, write_records
 from spark_ft.files import ROOT
@@ -58,6 +58,7 @@ GOOD = {
     "chat": CHAT,
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}]},
     "alpaca": {"instruction": "a", "input": "", "output": "b"},
+    "text": {"text": "a"},
 }
 
 
@@ -79,6 +80,7 @@ def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path):
     text, part = "must be a text, not", [{"type": "text", "text": "a"}]
     nothing = {"role": "assistant", "content": None}
     call = {**nothing, "tool_calls": [{"type": "function"}]}
+    text_call = {**nothing, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
     rows = [
         ("sft", without(ROW, "prompt"), '"prompt" is missing', "a row of kind"),
         ("sft", {**ROW, "completion": "  "}, '"completion" is empty', "fill it in or drop the row"),
@@ -101,7 +103,8 @@ def test_a_bad_row_is_named_by_file_line_field_and_mend(tmp_path):
         ("chat", chat({**user, "content": ""}), '"messages" at [0]: "content" is empty', "fill it in"),
         ("chat", chat(user, nothing), f'"messages" at [1]: "content" {text} null', "fill it in"),
         ("chat", chat({**user, "content": part}), f'"content" {text} a list', "write it as one"),
-        ("chat", chat(user, call), '"messages" at [1]: "content" is empty', "write the call into it"),
+        ("chat", chat(user, call), '"messages" at [1]: "tool_calls" must be a list of calls', '"function"'),
+        ("chat", chat(user, text_call), '"tool_calls" at "arguments" must be an object', "json.loads"),
         ("chat", chat({**user, "role": "system"}, system="a"), '"system" stands beside', "keep one"),
         ("chat", chat(user, images=["a.png"]), '"images" is not used in training', "drop the row"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, '[0]: "value" is missing', "fill it in"),
@@ -181,7 +184,8 @@ def test_render_refuses_what_would_be_dropped_or_misread(tokenizer):
         (chat(user, {**answer, "train": False}), '"messages" at [1] has "train"', '"weight": 0 or 1'),
         (chat({**user, "name": "Ana"}, answer), '"messages" at [0] has "name"', "write it into the content"),
         (chat(user, {**answer, "reasoning_content": "Hm."}), 'has "reasoning_content"', "<think>"),
-        (chat(user, {**answer, "tool_calls": [1]}), 'has "tool_calls"', "as the template would"),
+        (chat(user, {**answer, "tool_calls": CALL}), 'the chat template leaves "tool_calls" out', "content"),
+        ({"prompt": [user, answer], "completion": "c"}, '"prompt" must end before the answer', "take its"),
         (chat(user, {**answer, "weight": 0.5}), "has the weight 0.5", "0 or 1"),
         (chat({**user, "weight": 1}, answer), "has the weight 1; only answers have one"),
         ({**ROW, "tools": TOOLS}, 'the chat template leaves "tools" out', "take the field out"),
@@ -194,6 +198,8 @@ def test_render_refuses_what_would_be_dropped_or_misread(tokenizer):
 
 
 TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
+CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]
+CALLED = "m.content + ((m.tool_calls | map(attribute='function') | list | tojson) if m.tool_calls else '')"
 TURN = "{{ '<|im_start|>' + m.role + '\n' + CONTENT + '<|im_end|>' }}"
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -248,6 +254,42 @@ def test_a_template_may_trim_spell_and_open_the_answer_and_renders_system_and_to
         messages = row.get("messages") or sft_to_messages(row)["messages"]
         with_turn = {"messages": [turn("system", "Be brief."), *messages]}
         assert render({**row, "system": "Be brief."}, tokenizer) == render(with_turn, tokenizer)
+
+
+def test_tool_calls_are_rendered_and_learned_and_a_template_that_loses_a_part_is_refused(tokenizer):
+    user, answer = CHAT["messages"]
+    call = {"role": "assistant", "content": None, "tool_calls": CALL}
+    result = {"role": "tool", "name": "get_weather", "tool_call_id": "c1", "content": "9 °C"}
+    calls = with_template(tokenizer, PLAIN, CALLED)
+    ids, learned = all_answers(chat(user, call, result, answer), calls)
+    said = tokenizer.decode([token for token, one in zip(ids, learned, strict=True) if one])
+    assert said == '[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|im_end|>Leek.<|im_end|>'
+    _, completion = render(chat(user, call), calls)
+    assert '"city": "Rome"' in tokenizer.decode(completion)
+    name_only = "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')"
+    for row in (chat(user, call), chat(user, call, result, answer)):
+        loses = (row, with_template(tokenizer, PLAIN, name_only))
+        complains((render, loses, '[1]: the chat template leaves "tool_calls" out or rewrites'))
+
+
+def test_a_prompt_may_be_a_list_of_messages_and_a_text_is_learned_whole(tokenizer):
+    question, answer, *rest = [*CHAT["messages"], turn("user", "And fish?")]
+    row = {"prompt": [question, answer, *rest], "completion": "Cod."}
+    whole = chat(question, answer, *rest, turn("assistant", "Cod."))
+    assert render(row, tokenizer) == render(whole, tokenizer)
+    assert sft_to_messages(row) == whole
+    pair = {"prompt": row["prompt"], "chosen": "Cod.", "rejected": "Ham."}
+    batch = collate_preferences([pair], tokenizer)
+    assert batch["prompt_ids"][0].tolist() == render(row, tokenizer)[0]
+    ids, learned = whole_text({"text": "Leek soup."}, tokenizer)
+    assert (tokenizer.decode(ids), all(learned)) == ("Leek soup.<|im_end|>", True)
+    text = {"text": "Leek soup. " * 9}
+    complains(
+        (whole_text, ({"text": "a<|im_end|>"}, tokenizer), '"text" holds the control token'),
+        (collate_sft, ([text], tokenizer, 9, whole_text), "a text of", "fit max_length=9", "split it"),
+    )
+    labels = collate_sft([text], tokenizer, learn=whole_text)["labels"]
+    assert labels[0].tolist() == whole_text(text, tokenizer)[0]
 
 
 # --- collating -------------------------------------------------------------------------------------------

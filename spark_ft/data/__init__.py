@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "records": ("check_records", "iter_records", "read_records", "write_records"),
-        "chat": ("IGNORE", "all_answers", "last_answer", "render", "whole_conversation"),
+        "chat": ("IGNORE", "all_answers", "last_answer", "render", "whole_conversation", "whole_text"),
         "batches": (
             "collate_feedback",
             "collate_preferences",

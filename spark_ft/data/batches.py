@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from spark_ft.data.chat import IGNORE, Marked, conversation, last_answer, render, render_turns
+from spark_ft.data.chat import IGNORE, Marked, conversation, last_answer, render, render_turns, whole_text
 from spark_ft.data.records import Record, find_fault
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading records needs none of it
@@ -33,7 +34,7 @@ def collate_sft(
         max_length: longer rows lose tokens at the start of their prompt, never any of the last answer; a
             first token that begins every text (BOS) stays. A warning counts these rows, and those with a
             system turn.
-        learn: which tokens: `last_answer`, `all_answers` or `whole_conversation`.
+        learn: which tokens: `last_answer`, `all_answers`, `whole_conversation`; `whole_text` of a "text" row.
 
     Returns:
         input_ids, attention_mask and labels, each int64 of shape (B, L), L the longest row's length.
@@ -74,16 +75,23 @@ def collate_feedback(records: Sequence[Record], tokenizer: "Tokenizer", max_leng
     return _stack_feedback(_each(records, _answers_row, tokenizer, max_length, "feedback"), tokenizer)
 
 
-def with_prompt(batch: Batch, side: str) -> Batch:
-    """Prompt and one answer as `sequence_logps` takes them: input_ids, attention_mask, labels, right-padded.
+def with_prompt(batch: Batch, *sides: str) -> Batch:
+    """Prompts and answers as `sequence_logps` takes them: input_ids, attention_mask, labels, right-padded.
 
     Args:
         batch: of `collate_preferences` or `collate_feedback`.
-        side: "chosen" or "rejected"; "completion" or "mismatched".
+        sides: "chosen" and "rejected", or "completion" and "mismatched", or one of them: a row for each,
+            example by example.
     """
-    ids = torch.cat([batch["prompt_ids"], batch[f"{side}_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch[f"{side}_mask"]], 1)
-    learned = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch[f"{side}_mask"]], 1)
+    width = max(batch[f"{side}_ids"].shape[1] for side in sides)
+
+    def rows(name: str, prompt: Tensor) -> Tensor:
+        answers = (batch[f"{side}_{name}"] for side in sides)
+        alike = [F.pad(torch.cat([prompt, x], 1), (0, width - x.shape[1])) for x in answers]
+        return torch.stack(alike, 1).flatten(0, 1)
+
+    ids, mask = rows("ids", batch["prompt_ids"]), rows("mask", batch["prompt_mask"])
+    learned = rows("mask", torch.zeros_like(batch["prompt_mask"]))
     labels = torch.where(learned.bool(), ids, IGNORE)
     real_first = mask.argsort(dim=1, descending=True, stable=True)
     order = real_first[:, : int(mask.sum(1).max())]
@@ -172,6 +180,9 @@ def _sft_row(record, tokenizer, max_length: int, learn: Learn) -> dict:
     ids, learned = learn(record, tokenizer)
     if (over := len(ids) - max_length) <= 0:
         return {"ids": ids, "learned": learned, "lost": []}
+    if learn is whole_text:
+        fault = f"a text of {len(ids)} tokens does not fit max_length={max_length}"
+        raise ValueError(f"{fault}; split it, or raise max_length")
     prompt, answer = render(record, tokenizer)
     begin = _begin(prompt, _room(answer, max_length), tokenizer)
     ids, learned = (tokens[:begin] + tokens[begin + over :] for tokens in (ids, learned))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spark_ft.data.records import REFUSED, Record, find_fault, given
 
@@ -17,10 +17,15 @@ _OTHER = "give the tokenizer another chat_template"  # the mend of what a templa
 _TAG = re.compile(r"(</?[\w|]+>)")
 
 
+_RENDERED = {"role", "content", "tool_calls"}
+_LINKS = {"tool": {"tool_call_id", "name"}}  # whose result a turn is: its place says so too
+_NOTES = {"weight", "from"}  # `from` is what sharegpt_to_messages notes for the way back
+
+
 class Conversation(NamedTuple):
     """Turns and tools as a template takes them; each turn's name in its row, and if it may be learned."""
 
-    turns: list[dict[str, str]]
+    turns: list[dict[str, Any]]
     names: list[str]
     learnable: list[bool]
     tools: list[dict] | None
@@ -37,24 +42,29 @@ def conversation(record: Record, answer: str | None = None) -> Conversation:
     if answer is None and (complaint := find_fault(record, "chat" if chat else "sft")):
         raise ValueError(complaint)
     if chat:
-        messages = [{k: m[k] for k in m if given(m, k) is not None} for m in record["messages"]]
-        names = [f'"messages" at [{i}]' for i in range(len(messages))]
+        messages, names = record["messages"], [f'"messages" at [{i}]' for i in range(len(record["messages"]))]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError('"messages" must end with an answer by the assistant; add one')
     else:
-        fields = {"prompt": "user", answer or "completion": "assistant"}
-        messages = [{"role": role, "content": record[field]} for field, role in fields.items()]
-        names = [f'"{field}"' for field in fields]
+        messages, names = record["prompt"], ['"prompt"']
+        if isinstance(messages, list):
+            names = [f'"prompt" at [{i}]' for i in range(len(messages))]
+            if messages[-1]["role"] == "assistant":
+                raise ValueError('"prompt" must end before the answer; take its last message out')
+        else:
+            messages = [{"role": "user", "content": messages}]
+        field = answer or "completion"
+        messages, names = [*messages, {"role": "assistant", "content": record[field]}], [*names, f'"{field}"']
+    messages = [{k: m[k] for k in m if given(m, k) is not None} for m in messages]
     for name, message in zip(names, messages, strict=True):
-        # `from` is what sharegpt_to_messages notes for the way back
-        if more := sorted(message.keys() - {"role", "content", "weight", "from"}):
+        if more := sorted(message.keys() - _RENDERED - _NOTES - _LINKS.get(message["role"], set())):
             mend = {"train": 'write "weight": 0 or 1', **REFUSED}.get(more[0], "write it into the content")
             raise ValueError(f'{name} has "{more[0]}", which is not rendered; {mend}, or take it out')
         if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
             raise ValueError(f"{name} has the weight {message['weight']!r}; only answers have one, 0 or 1")
     if system := given(record, "system"):
         messages, names = [{"role": "system", "content": system}, *messages], ['"system"', *names]
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    turns = [{"content": "", **{k: m[k] for k in m if k not in _NOTES}} for m in messages]
     learnable = [message.get("weight") != 0 for message in messages]
     return Conversation(turns, names, learnable, given(record, "tools"))
 
@@ -68,29 +78,23 @@ def render(record: Record, tokenizer: "Tokenizer") -> tuple[list[int], list[int]
     Args:
         record: an "sft" or "feedback" row (prompt, completion), or a "chat": its last message, by the
             assistant, is the completion, all before it the prompt. `system` and `tools` beside them are
-            rendered too.
+            rendered too, and the `tool_calls` of a message.
         tokenizer: one with a chat template; its `eos_token` must end the assistant's turn.
 
     Raises:
         ValueError: with field and mend: a bad row; a message with a field that is not rendered; a control
-            token in a text; a template that fails, leaves out a turn, the tools or a part of the answer
-            (white space around it and its tags may go), rewrites the prompt once the answer follows, or does
-            not end the turn.
+            token in a text; a template that fails, leaves out a turn, a call, the tools or a part of the
+            answer (white space around it and its tags may go), rewrites the prompt once the answer follows,
+            or does not end the turn.
     """
     return render_turns(conversation(record), tokenizer)
 
 
 def render_turns(chat: Conversation, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
     """`render` for a `conversation`."""
-    control = _control_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
-    texts = [turn["content"] for turn in chat.turns]
+    texts = [turn["content"] + str(turn.get("tool_calls", "")) for turn in chat.turns]
     for name, text in zip([*chat.names, '"tools"'], [*texts, str(chat.tools)], strict=True):
-        if found := control.search(
-            text
-        ):  # the tokenizer would take it for the template's own, the end of a turn
-            raise ValueError(
-                f"{name} holds the control token {found[0]!r}; take it out, or write it otherwise"
-            )
+        _refuse_control(name, text, tokenizer)
     prompt = _apply(tokenizer, chat.turns[:-1], chat.tools, prompting=True)
     whole = _apply(tokenizer, chat.turns, chat.tools)
     _check_all_is_there(chat, prompt, whole, tokenizer)
@@ -108,6 +112,13 @@ def render_turns(chat: Conversation, tokenizer: "Tokenizer") -> tuple[list[int],
             "set tokenizer.eos_token to the token that does"
         )
     return prompt_ids, completion[: len(completion) - completion[::-1].index(tokenizer.eos_token_id)]
+
+
+def _refuse_control(name: str, text: str, tokenizer) -> None:
+    # the tokenizer would take it for the template's own, the end of a turn
+    control = _control_tokens(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
+    if found := control.search(text):
+        raise ValueError(f"{name} holds the control token {found[0]!r}; take it out, or write it otherwise")
 
 
 @lru_cache(maxsize=8)
@@ -129,28 +140,43 @@ def _apply(tokenizer, turns: list[dict], tools: list[dict] | None, prompting: bo
 
 
 def _check_all_is_there(chat: Conversation, prompt: str, whole: str, tokenizer) -> None:
-    before = chat.turns[:-1]
-    if chat.tools and _apply(tokenizer, before, None, prompting=True) == prompt:
+    if chat.tools and _apply(tokenizer, chat.turns[:-1], None, prompting=True) == prompt:
         raise ValueError(f'the chat template leaves "tools" out; {_OTHER}, or take the field out')
-    marks = [
-        f"turn{i}of{len(before)}" for i in range(len(before))
-    ]  # no template has a reason to change these
-    marked = [{**turn, "content": mark} for turn, mark in zip(before, marks, strict=True)]
-    text = _apply(tokenizer, marked, chat.tools, prompting=True)
-    for name, mark in zip(chat.names, marks, strict=False):
-        if mark not in text:
-            raise ValueError(
-                f"{name}: the chat template leaves it out or rewrites it; {_OTHER}, or take it out"
-            )
+    marked = [_marked(turn, f"turn{i}of{len(chat.turns)}") for i, turn in enumerate(chat.turns)]
+    turns = [turn for turn, _ in marked]
+    text = _apply(tokenizer, turns[:-1], chat.tools, prompting=True)
+    if chat.turns[-1].get("tool_calls"):
+        text += _apply(tokenizer, turns, chat.tools)
+    for i, (name, (_, marks)) in enumerate(zip(chat.names, marked, strict=True)):
+        lost = [field for mark, field in marks.items() if mark not in text]
+        if "tool_calls" in lost:
+            fault = f'{name}: the chat template leaves "tool_calls" out or rewrites them'
+            raise ValueError(f"{fault}; {_OTHER}, or write the call into the content as the model should")
+        if lost and i < len(marked) - 1:  # the answer itself is looked at below
+            fault = f"{name}: the chat template leaves it out or rewrites it"
+            raise ValueError(f"{fault}; {_OTHER}, or take it out")
     if not whole.startswith(prompt):
         raise ValueError(f"the chat template writes the prompt otherwise when an answer follows; {_OTHER}")
     pieces = [piece.strip() for piece in _TAG.split(chat.turns[-1]["content"]) if piece.strip()]
     place = len(prompt)
-    for piece in pieces[prompt.rstrip().endswith(pieces[0]) :]:  # a prompt may open the answer, with <think>
+    opened = prompt.rstrip().endswith(tuple(pieces[:1]))  # a prompt may open the answer, with <think>
+    for piece in pieces[opened:]:
         if (place := whole.find(piece, place)) < 0:
             fault = f"{chat.names[-1]}: the chat template leaves {piece[:40]!r} out"
             raise ValueError(f"{fault}; {_OTHER}, or take it out")
         place += len(piece)
+
+
+def _marked(turn: dict[str, Any], mark: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A turn whose texts are marks, which no template has a reason to change; mark → the field it is in."""
+    marks, calls = {mark: "content"} if turn["content"] else {}, []
+    for i, call in enumerate(turn.get("tool_calls", ())):
+        name, argument = f"{mark}call{i}", {f"{mark}name{i}": f"{mark}value{i}"}
+        argument = argument if call["function"].get("arguments") else {}
+        calls.append({**call, "function": {**call["function"], "name": name, "arguments": argument}})
+        marks |= dict.fromkeys((name, *argument, *argument.values()), "tool_calls")
+    changed = {"content": turn["content"] and mark, **({"tool_calls": calls} if calls else {})}
+    return {**turn, **changed}, marks
 
 
 def last_answer(record: Record, tokenizer: "Tokenizer") -> Marked:
@@ -177,6 +203,16 @@ def whole_conversation(record: Record, tokenizer: "Tokenizer") -> Marked:
         raise ValueError("an answer has the weight 0; learn all_answers, or take the weight out")
     prompt, completion = render_turns(chat, tokenizer)
     return prompt + completion, [True] * len(prompt + completion)
+
+
+def whole_text(record: Record, tokenizer: "Tokenizer") -> Marked:
+    """Token ids of a "text" row for a base model, all of them learned, and the end token; no template."""
+    if complaint := find_fault(record, "text"):
+        raise ValueError(complaint)
+    _refuse_control('"text"', record["text"], tokenizer)
+    ids = tokenizer(record["text"]).input_ids
+    ids += [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+    return ids, [True] * len(ids)
 
 
 def _mark(chat: Conversation, answers: list[int], tokenizer) -> Marked:

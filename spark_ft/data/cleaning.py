@@ -4,6 +4,7 @@ A row is of any kind that `read_records` knows. What is compared is a copy; a ke
 came in. None of this knows right from wrong: a fluent false answer passes.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -104,7 +105,8 @@ def drop_leaked(records: Iterable[Record], held_out: Iterable[Record], threshold
 
     def keep(i: int, record: Record) -> None:
         for question, answer in _views(record):
-            asked.setdefault(tuple(_words(question)), i)
+            if question:  # a text for a base model answers none
+                asked.setdefault(tuple(_words(question)), i)
             index.find(f"{question}\n{answer}", number=i)
 
     def copy(_: int, record: Record) -> tuple[str, int] | None:
@@ -342,17 +344,28 @@ def _turns(record: Record) -> list[tuple[str, str]]:
     """(who, text) of every turn, whatever the record's kind; of several answers to one question, each."""
     turns = [("question", _field(record, "system", text_fault))]
     for kind, field, who, what in _CHATS:
-        for turn in _field(record, field, KINDS[kind][field]) or ():
-            turns.append(("answer" if turn[who] in _ANSWERER else "question", turn[what]))
+        turns += [_said(turn, who, what) for turn in _field(record, field, KINDS[kind][field]) or ()]
     if len(turns) == 1:
         for question, answer in _field(record, "history", ALPACA_BESIDE["history"]) or ():
             turns += [("question", question), ("answer", answer)]
-        turns += [("question", _field(record, name, text_fault)) for name in _ASKING]
+        for name in _ASKING:
+            asked = _field(record, name, KINDS["sft"].get(name, text_fault))
+            some = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+            turns += [_said(turn, "role", "content") for turn in some]
         turns += [("answer", _field(record, name, text_fault)) for name in _ANSWERING]
+    if not any(text for _, text in turns):
+        turns.append(("answer", _field(record, "text", text_fault)))  # a base model's
     if not any(text for _, text in turns):
         fields = list(record)
         raise ValueError(f"no text in a row with the fields {fields}; rename some to prompt and completion")
     return [turn for turn in turns if turn[1]]
+
+
+def _said(turn: Record, who: str, what: str) -> tuple[str, str | None]:
+    text = turn.get(what)
+    if calls := turn.get("tool_calls"):
+        text = f"{text or ''}\n{json.dumps(calls, ensure_ascii=False, default=str)}"
+    return "answer" if turn[who] in _ANSWERER else "question", text
 
 
 def _field(record: Record, name: str, check: Check) -> Any:

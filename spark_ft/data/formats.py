@@ -44,6 +44,8 @@ def messages_to_sharegpt(row: Record) -> Record:
         _refuse_more({**first, "from": None}, "a system beside the turns")
     turns = []
     for message in others if column else row["messages"]:
+        if given(message, "tool_calls"):
+            raise ValueError('"messages" hold tool_calls, which ShareGPT has no place for; keep the messages')
         name = message.get("from") or _USUAL[message["role"]]
         if SHAREGPT.get(name) != message["role"]:
             fault = f'"from" is "{name}" in a message of role "{message["role"]}"'
@@ -95,7 +97,8 @@ def messages_to_alpaca(row: Record) -> Record:
 def sft_to_messages(row: Record) -> Record:
     """prompt, completion, and a system where there is one → messages: one question, one answer."""
     _check(row, "sft")
-    messages = _messages(row, (row["prompt"], row["completion"]))
+    asked = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    messages = [*_messages(row), *asked, {"role": "assistant", "content": row["completion"]}]
     return {"messages": messages, **_rest(row, ("prompt", "completion", "system"), ("messages",))}
 
 

@@ -51,8 +51,9 @@ def balance_lengths(pairs: Sequence[Record], length: Length = len, tolerance: fl
 
     nearest: dict[str, Record] = {}
     for pair in pairs:
-        if pair["prompt"] not in nearest or abs(gap(pair)) < abs(gap(nearest[pair["prompt"]])):
-            nearest[pair["prompt"]] = pair
+        asked = str(pair["prompt"])  # a list of messages, perhaps
+        if asked not in nearest or abs(gap(pair)) < abs(gap(nearest[asked])):
+            nearest[asked] = pair
     ordered = sorted(nearest.values(), key=lambda pair: abs(gap(pair)))
     longer, shorter = ([pair for pair in ordered if sign * gap(pair) > 0] for sign in (1, -1))
     count = min(len(longer), len(shorter))

@@ -71,13 +71,31 @@ def _turns(who: str, what: str, names: tuple[str, ...]) -> Check:
                 return f'at [{i}]: "{who}" {_must_be("a text", said, known)}'
             if said not in names:
                 return f'at [{i}]: "{who}" is "{said}"; {known}'
-            if given(turn, what) is None and given(turn, "tool_calls"):
-                return f'at [{i}]: "{what}" is empty; write the call into it, as the template would'
+            if who == "role" and (calls := given(turn, "tool_calls")):
+                if complaint := _calls(calls):
+                    return f'at [{i}]: "tool_calls" {complaint}'
+                if given(turn, what) is None:
+                    continue
             if complaint := text_fault(turn[what]) if what in turn else f"is missing; {_FILL}":
                 return f'at [{i}]: "{what}" {complaint}'
         return None
 
     return check
+
+
+def _calls(value: Any) -> str | None:
+    form = 'write [{"type": "function", "function": {"name": …, "arguments": {…}}}, …]'
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or text_fault(function.get("name")):
+            return f"must be a list of calls, each with a function and its name; {form}"
+        if not isinstance(arguments := function.get("arguments", {}), dict):
+            return f'at "arguments" {_must_be("an object", arguments, "read it with json.loads")}'
+    return None
+
+
+def _asked(value: Any) -> str | None:
+    return _asked_turns(value) if isinstance(value, list) else text_fault(value)
 
 
 def _tools(value: Any) -> str | None:
@@ -94,13 +112,15 @@ def _history(value: Any) -> str | None:
     return None
 
 
+_asked_turns = _turns("role", "content", ROLES)
 KINDS: dict[str, dict[str, Check]] = {
-    "sft": {"prompt": text_fault, "completion": text_fault},
-    "preference": {"prompt": text_fault, "chosen": text_fault, "rejected": text_fault},
-    "feedback": {"prompt": text_fault, "completion": text_fault, "label": _label},
-    "chat": {"messages": _turns("role", "content", ROLES)},
+    "sft": {"prompt": _asked, "completion": text_fault},
+    "preference": {"prompt": _asked, "chosen": text_fault, "rejected": text_fault},
+    "feedback": {"prompt": _asked, "completion": text_fault, "label": _label},
+    "chat": {"messages": _asked_turns},
     "sharegpt": {"conversations": _turns("from", "value", tuple(SHAREGPT))},
     "alpaca": {"instruction": text_fault, "output": text_fault},
+    "text": {"text": text_fault},
 }
 
 # Fields beside a kind's own that change what a row or a message means: BESIDE are used, REFUSED are refused
@@ -127,8 +147,9 @@ def iter_records(path: str | Path, kind: str) -> Iterator[Record]:
     Args:
         path: UTF-8 JSONL file, one object per line. Blank lines are skipped, further fields are kept.
         kind: "sft" (prompt, completion), "preference" (prompt, chosen, rejected), "feedback" (prompt,
-            completion, label), "chat" (messages: role, content), "sharegpt" (conversations: from, value) or
-            "alpaca" (instruction, output; perhaps input, history). Any may have `system` and `tools`.
+            completion, label), "chat" (messages: role, content), "sharegpt" (conversations: from, value),
+            "alpaca" (instruction, output; perhaps input, history) or "text" (text, for base models). Any may
+            have `system` and `tools`; a `prompt` may be a list of messages.
 
     Raises:
         ValueError: with file, line, field and mend, on the first bad line; no such file, or no rows in it.
@@ -202,14 +223,22 @@ def _checked_lines(path: Path, kind: str) -> Iterator[Record]:
                 continue
             empty = False
             try:
-                record = _decode(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {_line_fault(line, error)}") from error
+                record = decode_line(line, number)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
             if complaint := find_fault(record, kind):
                 raise ValueError(f"{path}:{number}: {complaint}")
             yield record
     if empty:
         raise ValueError(f"{path}: an empty data set; it needs at least one row of {', '.join(KINDS[kind])}")
+
+
+def decode_line(line: bytes, number: int = 0) -> Any:
+    """What a line of a JSONL file holds, without the byte order mark of line 1; its fault is a ValueError."""
+    try:
+        return _decode(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_line_fault(line, error)) from error
 
 
 def _line_fault(line: bytes, error: Exception) -> str:
