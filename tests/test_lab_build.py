@@ -91,6 +91,66 @@ def test_learners_has_numbered_stubs_and_nothing_of_the_solution_or_of_a_tag(lab
     assert all("trained" not in cell.source for cell in kept)
 
 
+FOLDED = """# %% [markdown]
+# ### Exercise 1: twice
+# ●●○ importance · ●○○ difficulty · 5 minutes
+
+# %% nbgrader={"grade_id": "double", "solution": true}
+def double(x):
+    ### BEGIN SOLUTION
+    return 2 * x
+    ### END SOLUTION
+
+# %% nbgrader={"grade_id": "halve", "solution": true}
+def halve(x):
+    ### BEGIN SOLUTION
+    return x / 2
+    ### END SOLUTION
+
+# %%
+assert True
+
+# %% nbgrader={"grade_id": "check-both", "grade": true, "points": 1}
+check_both(double, halve)
+
+# %% [markdown]
+# ### Exercise 2: in the old form
+# ●●○ · 5 minutes
+
+# %% nbgrader={"grade_id": "old", "solution": true}
+def old(x):
+    ### BEGIN SOLUTION
+    return x
+    ### END SOLUTION
+
+# %% nbgrader={"grade_id": "check-old", "grade": true, "points": 1}
+check_old(old)
+
+# %% [markdown] nbgrader={"grade_id": "explain", "grade": true, "solution": true, "points": 1}
+# Why?
+#
+# ### BEGIN SOLUTION
+# Because.
+# ### END SOLUTION
+"""
+
+
+def test_the_solution_is_folded_after_the_check_and_no_marker_is_a_heading(lab):
+    lab.write_text(FOLDED)
+    solved = read_source(lab)
+    cells = learners(solved).cells
+    assert len(cells) == len(solved.cells) + 1
+    fold = cells[5]
+    assert cells[4].id == "check-both"
+    assert (fold.id, fold.cell_type, fold.metadata) == ("solution-double", "markdown", {"tags": ["solution"]})
+    code = "def double(x):\n    return 2 * x\n\n\ndef halve(x):\n    return x / 2"
+    assert fold.source == f"<details><summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
+    assert sum("<details>" in cell.source for cell in cells) == 1, "the old form gets none"
+    assert solved.cells[-1].source == f"Why?\n\n<!-- {BEGIN} -->\nBecause.\n<!-- {END} -->"
+    assert cells[-1].source == "Why?\n\n*Your answer here.*"
+    nbformat.validate(learners(solved))
+
+
 MARKED = 'nbgrader={"grade_id": "a", "solution": true}'
 BROKEN = [
     ("inside a function", f"{MARKED}\n{BEGIN}\nx = 1\n{END}"),
@@ -201,7 +261,8 @@ def test_built_notebooks_match_their_source_and_none_is_without_one():
 def test_learners_equal_solved_outside_solution_regions():
     stub = re.compile(r'^ *raise NotImplementedError\("your turn \(exercise \d+\)"\)$', re.M)
     for name in NAMES:
-        for mine, solved in zip(built(name).cells, built(name, "solutions").cells, strict=True):
+        unsolved = without_tag(built(name), "solution").cells
+        for mine, solved in zip(unsolved, built(name, "solutions").cells, strict=True):
             where = f"{name}, cell {mine.id}"
             same = (solved.id, solved.cell_type, solved.metadata)
             assert (mine.id, mine.cell_type, mine.metadata) == same, where

@@ -22,6 +22,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
 
 from spark_ft.files import ROOT, write_atomically
 
@@ -32,6 +33,11 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+HEADING = re.compile(r"^#{1,6} ", re.M)
+# The line under an exercise's heading, by which the new form is known (LABS.md).
+EXERCISE = re.compile(r"^([●○]{3}) importance · ([●○]{3}) difficulty · (\d+) minutes$", re.M)
+# In Markdown these two would be headings; as HTML comments they are not seen, and nbgrader still finds them.
+MARKERS = re.compile(f"^({BEGIN}|{END})$", re.M)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -70,6 +76,8 @@ def read_source(path: Path) -> NotebookNode:
             cell.metadata["nbgrader"] = _complete_grading(
                 cell.metadata["nbgrader"], f"{path.name}, cell {number}"
             )
+        if cell.cell_type == "markdown":
+            cell.source = MARKERS.sub(r"<!-- \1 -->", cell.source)
         cell.id = _cell_id(cell, seen)
         _check_solution(cell, f"{path.name}, cell {number}")
     nbformat.validate(notebook)
@@ -139,7 +147,11 @@ def _covers(function: ast.FunctionDef, begin: int, end: int, lines: list[str]) -
 
 
 def learners(solved: NotebookNode) -> NotebookNode:
-    """A solved notebook's learner version: nbgrader's ClearSolutions with numbered stubs, and no outputs."""
+    """A solved notebook's learner version: numbered stubs by nbgrader's ClearSolutions, and no outputs.
+
+    Exercises in the new form get their solution, folded, after the check. An instructor who wants none of
+    that hands out what `nbgrader generate_assignment` makes of the solved notebook.
+    """
     from nbgrader.preprocessors import ClearSolutions  # takes 1 s to import
 
     class NumberedStubs(ClearSolutions):
@@ -157,11 +169,37 @@ def learners(solved: NotebookNode) -> NotebookNode:
         begin_solution_delimeter=BEGIN, end_solution_delimeter=END, text_stub="*Your answer here.*"
     )
     notebook, _ = clear.preprocess(copy.deepcopy(solved), {})
+    _fold_solutions(notebook, solved)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             # links are written for labs/solutions/, one folder deeper
             cell.source = cell.source.replace("](../../", "](../")
     return without_outputs(notebook)
+
+
+def _fold_solutions(notebook: NotebookNode, solved: NotebookNode) -> None:
+    """After each check, insert the solutions that it checks, folded, if the exercise is in the new form."""
+    cells, shown, form = [], [], False
+    for cell, full in zip(notebook.cells, solved.cells, strict=True):
+        cells.append(cell)
+        grading = full.metadata.get("nbgrader", {})
+        if cell.cell_type == "markdown":
+            form = bool(EXERCISE.search(full.source)) or (form and not HEADING.search(full.source))
+        elif form and grading.get("solution"):
+            shown.append(full)
+        elif shown and grading.get("grade"):
+            cells.append(_folded(shown))
+            shown = []
+    notebook.cells = cells
+
+
+def _folded(solutions: list[NotebookNode]) -> NotebookNode:
+    code = "\n\n\n".join(
+        "\n".join(line for line in cell.source.split("\n") if BEGIN not in line and END not in line)
+        for cell in solutions
+    )
+    text = f"<details><summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
+    return new_markdown_cell(text, id=f"solution-{solutions[0].id}"[:64], metadata={"tags": ["solution"]})
 
 
 def without_outputs(notebook: NotebookNode) -> NotebookNode:

@@ -88,7 +88,7 @@ def _compared(mine: list[float], reference: list[float], what: str, within: floa
     if len(mine) != len(reference):
         return f"✗ yours took {len(mine)} steps, spark_ft's {len(reference)}", apart.capitalize()
     if max(gaps) <= within:
-        said = f"✓ your {what} trains: over {len(mine)} steps it differs from spark_ft's by at most {max(gaps):.1%}"
+        said = f"✓ your {what} trains: {len(mine)} steps, at most {max(gaps):.1%} from spark_ft's"
         return said, f"Your {what} trains, and its curve lies on spark_ft's"
     step = next(i for i, gap in enumerate(gaps) if gap > within)
     numbers = f"at step {step + 1} yours is {mine[step]:.4g}, spark_ft's {reference[step]:.4g}"
@@ -102,7 +102,8 @@ def _draw(mine: list[float] | None, reference: list[float], title: str, y: str, 
     fig, ax = plots.figure(title, x="step", y=y, caption=caption, height=3.0)
     steps = range(1, len(reference) + 1)
     ax.plot(steps, reference, **{**plots.LINE["package"], "linewidth": 3, "marker": ""}, label="spark_ft")
-    alt = f"{title}. spark_ft's loss goes from {reference[0]:.3g} to {reference[-1]:.3g} in {len(reference)} steps"
+    ends = f"{reference[0]:.3g} to {reference[-1]:.3g} in {len(reference)} steps"
+    alt = f"{title}. spark_ft's loss goes from {ends}"
     if mine:
         ax.plot(range(1, len(mine) + 1), mine, **{**plots.LINE["yours"], "linestyle": ""}, label="yours")
         alt += f", yours from {mine[0]:.3g} to {mine[-1]:.3g}"
