@@ -207,7 +207,7 @@ def test_wrong_inputs_are_refused_with_a_sentence():
         (simpo_loss, (0.5, 0.5), "float", per_example),
         (orpo_loss, (two, two, torch.zeros(3)), "(3,)", per_example),
         (implicit_reward, (two, single), per_example),
-        (kto_loss, (two, two, tensor([1, -1]), 0.0), "give 2 booleans, true for a thumb up"),
+        (kto_loss, (two, two, tensor([1, -1]), 0.0), "give 2 booleans, true for thumbs up"),
         (kto_loss, (two, two, [True, False], 0.0), "give 2 booleans"),
         (kto_loss, (two, two, thumbs[:1], 0.0), "give 2 booleans"),
         (kto_loss, (two, two, thumbs, two), "kl=tensor([0., 0.])", "and one kl"),
