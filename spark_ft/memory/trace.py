@@ -298,7 +298,7 @@ def _planned_for(device: str, copied: nn.Module) -> Iterator[None]:
         AttentionInterface.register(CUDA_ATTENTION, _attention_on_cuda)
         AttentionMaskInterface.register(CUDA_ATTENTION, sdpa_mask)
         copied.set_attn_implementation(CUDA_ATTENTION)
-    few = {"split": _few_blocks, "dequantize": _one_piece}
+    few = {"split": _few_blocks, "dequantize": _one_piece, "_numbers": _numbers_of_shape}
     with patch.dict(nf4.DENSE, cpu=nf4.DENSE[device]), patch.multiple(nf4.NF4Tensor, **few):
         yield
 
@@ -326,6 +326,17 @@ def _few_blocks(weight: nf4.NF4Tensor, rows: int, dtype: torch.dtype = torch.flo
         if start <= rows:
             block = next(blocks)
         yield block[: weight.shape[0] - start]
+
+
+def _numbers_of_shape(weight: nf4.NF4Tensor, start: int, stop: int) -> Tensor:
+    """`NF4Tensor._numbers`: what is alive at its worst moment, without the operations that lead there."""
+    blocks = -(-stop // weight.block_size) - (first := start // weight.block_size)
+    numbers = blocks * weight.block_size
+    codes = weight.packed.new_empty(2 * numbers)
+    dense = weight.packed.new_empty(numbers, dtype=torch.float32)
+    scales = None if hasattr(weight, "absmax") else weight.packed.new_empty(20 * blocks)
+    del codes, scales
+    return dense[start - first * weight.block_size : stop - first * weight.block_size]
 
 
 def _one_piece(weight: nf4.NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:

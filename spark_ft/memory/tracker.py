@@ -106,7 +106,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.ops.prim.device.default:
-            return function(*args, **kwargs)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         run = self._without_memory if self.fake else lambda *_: function(*args, **kwargs)
         result = run(function, args, kwargs, inputs)
