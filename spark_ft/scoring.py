@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
+from spark_ft.data.batches import with_prompt
 from spark_ft.data.chat import IGNORE
 from spark_ft.methods.logprobs import chunked_logps, token_logps
 from spark_ft.methods.lora import LoRALinear
@@ -56,6 +57,45 @@ def sequence_logps(model: nn.Module, batch: "Batch | Prepared") -> tuple[Float[T
     return logps.new_zeros(len(batch.counts)).index_add(0, rows, logps), batch.counts
 
 
+def pair_logps(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "2 batch"], Int[Tensor, "2 batch"]]:
+    """Σ log p of each pair's chosen and rejected tokens, and their numbers; differentiable.
+
+        (chosen, rejected), (chosen_tokens, rejected_tokens) = pair_logps(model, batch)
+
+    Where the model takes packed rows, a prompt is computed once for both of its answers.
+
+    Args:
+        batch: as `collate_preferences` makes it.
+    """
+    logps, counts, _ = answer_logps(model, batch, ("chosen", "rejected"))
+    return logps, counts
+
+
+def answer_logps(
+    model: nn.Module, batch: Batch, sides: Sequence[str], prompts: bool = False
+) -> tuple[Float[Tensor, "sides batch"], Int[Tensor, "sides batch"], Float[Tensor, " batch"]]:
+    """`pair_logps` for any answers that share their prompt, and Σ log p of the prompts' own tokens.
+
+    Args:
+        batch, sides: as in `with_prompt`.
+        prompts: score the prompts' tokens too, all but the first, which nothing predicts; else that sum is 0.
+    """
+    rows, size = with_prompt(batch, *sides), len(batch["prompt_ids"])
+    of_prompt = torch.zeros(size, len(sides), dtype=torch.long, device=rows["labels"].device)
+    if prompts:  # those of the first answer's row
+        of_prompt[:, 0] = batch["prompt_mask"].sum(1) - 1
+        whole = rows["attention_mask"].bool() & (of_prompt.flatten() > 0)[:, None]
+        rows["labels"] = torch.where(whole, rows["input_ids"], rows["labels"])
+    ready = prepare(model, rows, together=len(sides))
+    logps, row = completion_logps(model, ready)
+    place = torch.arange(len(row), device=row.device) - (ready.counts.cumsum(0) - ready.counts)[row]
+    total = size * len(sides)  # a row's first scored tokens are its prompt's
+    row = torch.where(place < of_prompt.flatten()[row], total + row // len(sides), row)
+    sums = logps.new_zeros(total + size).index_add(0, row, logps)
+    counts = ready.counts.view(size, -1) - of_prompt
+    return sums[:total].view(size, -1).T, counts.T, sums[total:]
+
+
 def completion_hidden(
     model: nn.Module, batch: "Batch | Prepared"
 ) -> tuple[Float[Tensor, "tokens hidden"], Tokens, Tokens]:
@@ -75,15 +115,19 @@ class Prepared(NamedTuple):
     counts: Int[Tensor, " batch"]  # completion tokens of each row
 
 
-def prepare(model: nn.Module, batch: Batch | Prepared) -> Prepared:
-    """Find which positions are scored, and pack the batch where the model takes packed rows."""
+def prepare(model: nn.Module, batch: Batch | Prepared, together: int = 1) -> Prepared:
+    """Find which positions are scored, and pack the batch where the model takes packed rows.
+
+    Args:
+        together: that many rows after each other begin with the same prompt, as in `pack`.
+    """
     if isinstance(batch, Prepared):
         return batch
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # (B, L): the next token is a completion token
     places = predicts.flatten().nonzero()[:, 0]
     targets, rows = labels.roll(-1, 1).flatten()[places], places // ids.shape[1]
-    if row := packed_row(model, batch):
+    if row := packed_row(model, batch, together):
         inputs, places = row.inputs(), row.places.flatten()[places]
     else:
         inputs = {"input_ids": ids, "attention_mask": None if mask.all() else mask}
@@ -188,50 +232,89 @@ PACKED = "spark_ft_packed"  # the name of our attention among transformers' own
 
 
 class Packed(NamedTuple):
-    """A batch as one row: the shared prefix, then what is left of each sequence."""
+    """A batch as one row: the shared prefix, then what is left of each sequence.
+
+    Sequences with a prompt in common make a group: what is left of the prompt, then what is left of each.
+    """
 
     ids: Int[Tensor, "1 tokens"]
     positions: Int[Tensor, "1 tokens"]  # each token's place in its own sequence
     prefix: int  # tokens at the start that belong to every sequence
-    lengths: list[int]  # tokens of each sequence after the prefix
+    groups: list[tuple[int, ...]]  # tokens of each group after the prefix: of its prompt, of each sequence
     places: Int[Tensor, "batch seq"]  # of the batch's real tokens in the row; padding's entries mean nothing
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each group after the prefix."""
+        return [sum(group) for group in self.groups]
+
+    def masks(self) -> list[Tensor | None]:
+        """Which keys (prefix and group) each of a group's tokens sees; None where that is all before it."""
+        return [_sees(self.prefix, *group, self.ids.device) for group in self.groups]
 
     def inputs(self) -> dict:
         """What a backbone with packed attention is called with."""
-        places = {"position_ids": self.positions, "lengths": self.lengths, "prefix": self.prefix}
+        row = {"lengths": self.lengths, "prefix": self.prefix, "masks": self.masks()}
         # transformers would make a (tokens, tokens) mask; one of four dimensions it hands on as it is
-        return {"input_ids": self.ids, "attention_mask": self.ids.new_empty(1, 1, 1, 1), **places}
+        empty = self.ids.new_empty(1, 1, 1, 1)
+        return {"input_ids": self.ids, "attention_mask": empty, "position_ids": self.positions, **row}
 
 
-def packed_row(model: nn.Module, batch: Batch) -> Packed | None:
+def _sees(prefix: int, prompt: int, *answers_and_device) -> Tensor | None:
+    *answers, device = answers_and_device
+    if prefix == 0 and len(answers) == 1:
+        return None
+    tokens = prompt + sum(answers)
+    sees = torch.ones(tokens, prefix + tokens, dtype=torch.bool, device=device).tril(prefix)
+    begin = prompt
+    for answer in answers:  # no later answer sees this one
+        sees[begin + answer :, prefix + begin : prefix + begin + answer] = False
+        begin += answer
+    return sees
+
+
+def packed_row(model: nn.Module, batch: Batch, together: int = 1) -> Packed | None:
     """The batch as the one row that the model computes, or None where it takes padded batches only."""
     if model.config._attn_implementation != PACKED:
         return None
-    return pack(batch["input_ids"], batch["attention_mask"], share_prefix=not _draws_random_numbers(model))
+    shares = not _draws_random_numbers(model)
+    return pack(batch["input_ids"], batch["attention_mask"], shares, together if shares else 1)
 
 
 def pack(
-    input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"], share_prefix: bool = False
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"],
+    share_prefix: bool = False,
+    together: int = 1,
 ) -> Packed:
-    """Drop a batch's padding and, if asked, all but one copy of the tokens that every sequence begins with.
+    """Drop a batch's padding and, if asked, all but one copy of the tokens that sequences begin with alike.
 
     A causal model computes the same for equal beginnings, so the loss and its gradient do not change, unless
     something random such as dropout acts on them: each copy would have drawn its own.
 
     Args:
-        share_prefix: compute a common beginning once; needs two sequences or more, padded on the right.
+        share_prefix: compute once what all sequences begin with; two or more, padded on the right.
+        together: compute once, too, what each `together` sequences after each other begin with.
     """
     real, positions = attention_mask.bool(), attention_mask.cumsum(1) - 1
     prefix = _common_prefix(input_ids, real) if share_prefix else 0
-    own = real & (positions >= prefix)
-    lengths = own.sum(1)
-    starts = prefix + lengths.cumsum(0) - lengths
+    grouped = (len(input_ids) // together, together)
+    prompts = _common_prompts(input_ids, real, grouped).clamp(min=prefix)
+    first = torch.arange(len(input_ids), device=prompts.device) % together == 0
+    begin = torch.where(first, prefix, prompts)  # a group's first sequence brings its prompt
+    own = real & (positions >= begin[:, None])
+    left = own.sum(1)
+    starts = prefix + left.cumsum(0) - left
+    ahead = starts.view(grouped)[:, :1].expand(grouped).flatten()  # where the group's prompt goes on
+    in_group = torch.where(positions < prompts[:, None], ahead[:, None] - prefix, (starts - begin)[:, None])
+    prompts = (prompts - prefix).view(grouped)[:, 0]
+    left = left.view(grouped) - F.pad(prompts[:, None], (0, together - 1))
     return Packed(
         torch.cat([input_ids[0, :prefix], input_ids[own]])[None],
         torch.cat([positions[0, :prefix], positions[own]])[None],
         prefix,
-        lengths.tolist(),
-        torch.where(positions < prefix, positions, starts[:, None] + positions - prefix),
+        [tuple(group) for group in torch.cat([prompts[:, None], left], 1).tolist()],
+        torch.where(positions < prefix, positions, in_group + positions),
     )
 
 
@@ -242,11 +325,24 @@ def _common_prefix(input_ids: Tensor, real: Tensor) -> int:
     return min(same, int(real.sum(1).min()) - 1)  # every sequence keeps a token of its own
 
 
+def _common_prompts(input_ids: Tensor, real: Tensor, grouped: tuple[int, int]) -> Int[Tensor, " batch"]:
+    """How many tokens the sequences of each group begin with alike, for each sequence."""
+    if grouped[1] == 1 or not real[:, 0].all():
+        return input_ids.new_zeros(len(input_ids))
+    ids, real = (x.view(*grouped, -1) for x in (input_ids, real))
+    same = ((ids == ids[:, :1]) & real).all(1).long().cumprod(1).sum(1)
+    return same[:, None].expand(grouped).flatten()
+
+
 def _draws_random_numbers(model: nn.Module) -> bool:
     """Dropout or NEFTune is at work, so that equal tokens of two rows are not computed alike."""
-    kinds = {LoRALinear: "dropout", nn.Dropout: "p"}
-    rates = (getattr(m, rate) for m in model.modules() for kind, rate in kinds.items() if isinstance(m, kind))
-    return draws_noise(model) or (model.training and any(rates))
+    return draws_noise(model) or any(m.training for m in dropout_layers(model))
+
+
+def dropout_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that drop numbers at random while they are in training mode."""
+    rates = {LoRALinear: "dropout", nn.Dropout: "p", nn.Module: "attention_dropout"}
+    return [m for m in model.modules() if any(getattr(m, x, 0) for k, x in rates.items() if isinstance(m, k))]
 
 
 def packed_attention(
@@ -255,24 +351,21 @@ def packed_attention(
     value: Float[Tensor, "1 kv_heads tokens dim"],
     lengths: Sequence[int],
     prefix: int = 0,
+    masks: Sequence[Tensor | None] = (),
     scale: float | None = None,
 ) -> Float[Tensor, "1 heads tokens dim"]:
-    """Causal softmax(q kᵀ · scale) v within each packed sequence; no score of a neighbour is computed.
+    """softmax(q kᵀ · scale) v within each packed group; no score of a neighbour is computed.
 
     Args:
-        lengths: tokens of each sequence after the prefix, in order.
-        prefix: tokens at the row's start that every sequence sees.
+        lengths, prefix, masks: of `Packed`.
         scale: factor on the scores, default 1/√dim.
     """
     (q0, *q), (k0, *k), (v0, *v) = (x.split([prefix, *lengths], dim=2) for x in (query, key, value))
     outs = [_attention(q0, k0, v0, scale, is_causal=True)] if prefix else []
-    for qi, ki, vi in zip(q, k, v, strict=True):
-        sees = {"is_causal": True}
+    for qi, ki, vi, mask in zip(q, k, v, masks, strict=True):
         if prefix:
-            size = (qi.shape[2], prefix + qi.shape[2])
-            sees = {"attn_mask": torch.ones(size, dtype=torch.bool, device=query.device).tril(prefix)}
             ki, vi = torch.cat([k0, ki], 2), torch.cat([v0, vi], 2)
-        outs.append(_attention(qi, ki, vi, scale, **sees))
+        outs.append(_attention(qi, ki, vi, scale, attn_mask=mask, is_causal=mask is None))
     return torch.cat(outs, dim=2)
 
 
@@ -286,9 +379,10 @@ def use_packed_attention(model) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, prefix=0, **kwargs):
+    def attention(module, query, key, value, attention_mask, scaling=None, lengths=None, **kwargs):
         if lengths:
-            return packed_attention(query, key, value, lengths, prefix, scaling).transpose(1, 2), None
+            rest = kwargs["prefix"], kwargs["masks"], scaling
+            return packed_attention(query, key, value, lengths, *rest).transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(PACKED, attention)

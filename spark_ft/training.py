@@ -21,7 +21,7 @@ from spark_ft.files import write_atomically
 from spark_ft.memory.guard import Guard
 from spark_ft.scoring import Batch
 
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+Loss = Callable[[nn.Module, Batch], tuple]
 
 
 def cosine(progress: float) -> float:
@@ -102,6 +102,7 @@ class History:
     grad_norms: list[float] = field(default_factory=list)  # before clipping
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # tokens of the step's batch, padding not counted
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # what the loss measures beside itself
 
     @property
     def steps(self) -> list[int]:
@@ -126,7 +127,13 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
         model: a model with parameters that require gradients; left in eval mode.
         batches: step → that step's whole batch, a dict of tensors with one row an example. A function of the
             step alone.
-        loss: (model, batch) → (sum over tokens or pairs, how many); `sft_loss` is one.
+        loss: (model, batch) → (sum over tokens or pairs, how many); `sft_loss` is one. It may also have
+            `whole_step(model, parts, everywhere)`: called once a step with the parts that the batch is
+            computed in (of this process), it returns them with what depends on all of them, a number per
+            row; `everywhere` adds a tensor up over the processes. It may also have `metrics`, names: then it
+            returns a dict too, of what its part adds to each of the step's numbers, kept in
+            `History.metrics`. And it may have `kept()`, tensors by name, which a checkpoint stores, and
+            `keep(tensors)`, which takes them back.
         config: see `TrainConfig`.
 
     Raises:
@@ -155,7 +162,7 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
     torch.manual_seed(config.seed)
     history = History()
     if config.checkpoint_dir is not None:
-        history = _resume(Path(config.checkpoint_dir), parameters, optimizer, config) or history
+        history = _resume(Path(config.checkpoint_dir), parameters, optimizer, config, loss) or history
     model.train()
     guard = Guard(model, loss, config.gradient_accumulation_steps * accelerator.num_processes)
     first = len(history.losses)
@@ -167,7 +174,9 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            total, count = _accumulate(model, batch, loss, config.gradient_accumulation_steps, accelerator)
+            total, count, measured = _accumulate(
+                model, batch, loss, config.gradient_accumulation_steps, accelerator
+            )
             if count == 0:
                 raise ValueError(
                     f"step {step}: the batch has nothing to learn from; every label is masked out"
@@ -191,35 +200,48 @@ def train(model: nn.Module, batches: Callable[[int], Batch], loss: Loss, config:
             history.learning_rates.append(config.rate(step))
             history.grad_norms.append(norm.item())
             history.tokens.append(_tokens(batch))
+            for name, value in measured.items():
+                history.metrics.setdefault(name, [math.nan] * step).append(value)
             history.seconds.append(time.perf_counter() - started)
             done = step + 1
             if config.checkpoint_dir is not None and (
                 done % config.checkpoint_every == 0 or done == config.steps
             ):
                 if accelerator.is_main_process:
-                    _save_checkpoint(Path(config.checkpoint_dir), parameters, optimizer, history, config)
+                    _save_checkpoint(
+                        Path(config.checkpoint_dir), parameters, optimizer, history, config, loss
+                    )
                 accelerator.wait_for_everyone()
     finally:
         model.eval()
     return history
 
 
-def _accumulate(model, batch: Batch, loss: Loss, parts: int, accelerator: Accelerator) -> tuple[float, int]:
-    """Backward of every part of the batch that falls to this process; the loss's sum and count over all
-    processes."""
+def _accumulate(
+    model, batch: Batch, loss: Loss, count_of_parts: int, accelerator: Accelerator
+) -> tuple[float, int, dict[str, float]]:
+    """Backward of every part of the batch that falls to this process; the loss's sum, its count and its
+    metrics over all processes."""
     device = next(model.parameters()).device
     processes = accelerator.num_processes
     rows = torch.arange(len(next(iter(batch.values()))))
-    shares = rows.tensor_split(parts * processes)[accelerator.process_index :: processes]
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for share in shares:
-        if len(share):
-            value, count = loss(model, {key: tensor[share].to(device) for key, tensor in batch.items()})
-            value.backward()  # not accelerate's: it would divide by what the environment says
-            total += torch.stack([value.detach().double(), total.new_tensor(float(count))])
-    if processes > 1:
-        total = accelerator.reduce(total, reduction="sum")
-    return total[0].item(), int(total[1].item())
+    shares = rows.tensor_split(count_of_parts * processes)[accelerator.process_index :: processes]
+    parts = [{key: x[share].to(device) for key, x in batch.items()} for share in shares if len(share)]
+
+    def everywhere(x: Tensor) -> Tensor:
+        return accelerator.reduce(x, reduction="sum") if processes > 1 else x
+
+    if hasattr(loss, "whole_step"):
+        parts = loss.whole_step(model, parts, everywhere)
+    names = getattr(loss, "metrics", ())
+    total = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+    for part in parts:
+        value, count, *rest = loss(model, part)
+        value.backward()  # not accelerate's: it would divide by what the environment says
+        numbers = value.detach(), count, *(rest[0][name] for name in names)
+        total += torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers])
+    value, count, *measured = everywhere(total).tolist()
+    return value, int(count), dict(zip(names, measured, strict=True))
 
 
 def _tokens(batch: Batch) -> int:
@@ -274,9 +296,10 @@ def _settings(config: TrainConfig) -> dict:
     return json.loads(json.dumps(values))
 
 
-def _save_checkpoint(folder: Path, parameters, optimizer, history: History, config: TrainConfig) -> None:
+def _save_checkpoint(folder: Path, parameters, optimizer, history, config: TrainConfig, loss: Loss) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"generator.cpu": torch.get_rng_state()}
+    kept = loss.kept() if hasattr(loss, "kept") else {}
+    tensors = {"generator.cpu": torch.get_rng_state()} | {f"loss.{name}": x for name, x in kept.items()}
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
     for name, p in parameters.items():
@@ -302,7 +325,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def _resume(folder: Path, parameters, optimizer, config: TrainConfig) -> History | None:
+def _resume(folder: Path, parameters, optimizer, config: TrainConfig, loss: Loss) -> History | None:
     """Put the newest checkpoint's state in place and return its history; None if there is none."""
     if not (found := _checkpoints(folder)):
         return None
@@ -345,4 +368,6 @@ def _resume(folder: Path, parameters, optimizer, config: TrainConfig) -> History
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])
+    if kept := {key.removeprefix("loss."): x for key, x in tensors.items() if key.startswith("loss.")}:
+        loss.keep(kept)
     return History(**json.loads(header["history"]))

@@ -213,13 +213,13 @@ def test_pack_and_a_shared_prefix_by_hand():
     row = pack(ids, mask, share_prefix=True)
     assert row.ids.tolist() == [[7, 8, 1, 2, 1, 5, 6, 7]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4]]
-    assert (row.prefix, row.lengths) == (2, [2, 1, 3])
+    assert (row.prefix, row.lengths, row.groups) == (2, [2, 1, 3], [(0, 2), (0, 1), (0, 3)])
     places = [row.places[i][mask[i].bool()].tolist() for i in range(3)]
     assert places == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 5, 6, 7]]
     # equal sequences keep a token of their own each, and one alone shares nothing
     twins = torch.tensor([[7, 8, 9], [7, 8, 9]])
-    assert pack(twins, torch.ones_like(twins), share_prefix=True)[2:4] == (2, [1, 1])
-    assert pack(twins[:1], torch.ones_like(twins[:1]), share_prefix=True)[2:4] == (0, [3])
+    assert pack(twins, torch.ones_like(twins), share_prefix=True)[2:4] == (2, [(0, 1), (0, 1)])
+    assert pack(twins[:1], torch.ones_like(twins[:1]), share_prefix=True)[2:4] == (0, [(0, 3)])
 
 
 @given(LENGTHS, st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0.3]))
@@ -228,7 +228,8 @@ def test_attention_is_the_softmax_formula_in_each_sequence(lengths, prefix, kv_h
     g = torch.Generator().manual_seed(total)
     sizes = [(1, n, total, dim) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
-    ours = sc.packed_attention(q, k, v, lengths, prefix, scale)
+    masks = sc.Packed(torch.empty(1, total), None, prefix, [(0, n) for n in lengths], None).masks()
+    ours = sc.packed_attention(q, k, v, lengths, prefix, masks, scale)
     # the formula over the whole row, with a mask in place of the split; −1 owns the prefix, which all may see
     owner = torch.tensor([-1] * prefix + [i for i, n in enumerate(lengths) for _ in range(n)])
     allowed = ((owner[:, None] == owner) | (owner == -1)) & torch.ones(total, total).tril().bool()

@@ -236,7 +236,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_the_history_is_whole(tmp_
     assert torch.equal(again.w, whole.w)
     assert history.losses == expected.losses
     assert history.grad_norms == expected.grad_norms
-    assert [len(values) for values in vars(history).values()] == [6] * 5
+    assert [len(values) for name, values in vars(history).items() if name != "metrics"] == [6] * 5
     done = Line((9.0, 9.0, 9.0))  # and once more, when nothing is left to do
     assert train(done, until(0), square_loss, run).losses == expected.losses
     assert torch.equal(done.w, whole.w)
