@@ -3,6 +3,7 @@
 Use:
     python -m spark_ft.lab.build                        every lab
     python -m spark_ft.lab.build 3.1.1 --no-execute     text changed, code did not: keep the stored outputs
+    python -m spark_ft.lab.build --table                words, lines, minutes of each lab, and what is wrong
 """
 
 import argparse
@@ -343,7 +344,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--no-execute", action="store_true", help="only text changed: keep the stored outputs"
     )
+    parser.add_argument("--table", action="store_true", help="build nothing: count words, lines and minutes")
     options, chosen = chosen_labs(parser, arguments)
+    if options.table:
+        from spark_ft.lab.form import table  # which imports this module
+
+        print(table(chosen))
+        return 0
     failed = 0
     for path in chosen:
         try:
