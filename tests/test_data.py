@@ -530,6 +530,26 @@ def test_a_long_prompt_loses_its_start_on_both_sides_and_a_thumb_is_mismatched_w
     shifted = [{**row, "completion": rows[i - 1]["completion"]} for i, row in enumerate(rows)]
     for side, expected in (("completion", rows), ("mismatched", shifted)):
         assert same(with_prompt(batch, side), collate_sft(expected, tokenizer))
+    each = [row for both in zip(rows, shifted, strict=True) for row in both]
+    assert same(with_prompt(batch, "completion", "mismatched"), collate_sft(each, tokenizer))
+
+
+def test_a_thumbs_mismatched_answer_belongs_to_another_prompt_and_stays_in_every_epoch(tokenizer):
+    asked = ("Salt?", "Salt?", "Oil?", "Salt?", "Salt?")
+    rows = [{"prompt": p, "completion": str(i), "label": True} for i, p in enumerate(asked)]
+    batch = collate_feedback(rows, tokenizer)
+    answers = ["2", "2", "1", "2", "2"]
+    said = tokenizer.batch_decode(batch["mismatched_ids"], skip_special_tokens=True)
+    assert [text.strip() for text in said] == answers
+    by_step = feedback_batches(rows, tokenizer, 3)
+    for step in range(10):
+        batch = by_step(step)
+        said = tokenizer.batch_decode(batch["mismatched_ids"], skip_special_tokens=True)
+        assert [text.strip() for text in said] == [answers[i] for i in batch["row"]]
+    alike = [{**row, "prompt": "Salt?"} for row in rows]  # the row before is the best there is
+    batch = collate_feedback(alike, tokenizer)
+    said = tokenizer.batch_decode(batch["mismatched_ids"], skip_special_tokens=True)
+    assert [text.strip() for text in said] == ["4", "0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -541,8 +561,9 @@ def test_batches_by_step_name_their_rows_and_equal_collating_them(tokenizer, bat
     by_step = batches(rows, tokenizer, 3, seed=1)
     assert sorted(i for step in range(5) for i in by_step(step)["row"].tolist()) == sorted([*range(5)] * 3)
     batch = by_step(1)
-    again = collate([rows[i] for i in batch["row"]], tokenizer)
-    assert same({**batch, "row": again["row"]}, again)
+    whole = collate(rows, tokenizer)
+    for name, tensor in batch.items():  # of one width, since the rows differ in their prompts' digit alone
+        assert torch.equal(tensor, whole[name][batch["row"]]), name
     assert same(batch, batches(rows, tokenizer, 3, seed=1)(1))
 
 

@@ -69,10 +69,11 @@ def collate_feedback(records: Sequence[Record], tokenizer: "Tokenizer", max_leng
 
     Returns:
         prompt_ids, prompt_mask (B, P) padded on the left; completion_ids, completion_mask (B, C) padded on
-        the right; mismatched_ids, mismatched_mask (B, C), the completion of the row before (of the last, for
-        the first); desirable (B,) bool; row (B,), the row's place in `records`.
+        the right; mismatched_ids, mismatched_mask (B, M), the completion of the nearest row before that has
+        another prompt (before the first comes the last); desirable (B,) bool; row (B,), the row's place in
+        `records`.
     """
-    return _stack_feedback(_each(records, _answers_row, tokenizer, max_length, "feedback"), tokenizer)
+    return _stack(_thumbs(records, tokenizer, max_length), tokenizer)
 
 
 def with_prompt(batch: Batch, *sides: str) -> Batch:
@@ -133,9 +134,9 @@ def preference_batches(
 def feedback_batches(
     records: Sequence[Record], tokenizer: "Tokenizer", batch_size: int, seed: int = 0, max_length: int = 1024
 ) -> Callable[[int], Batch]:
-    """`sft_batches` of what `collate_feedback` makes; `row` tells which rows they are."""
-    rows = _each(records, _answers_row, tokenizer, max_length, "feedback")
-    return _by_step(rows, lambda chosen: _stack_feedback(chosen, tokenizer), batch_size, seed)
+    """`sft_batches` of what `collate_feedback` makes of all records: each keeps its mismatched completion."""
+    rows = _thumbs(records, tokenizer, max_length)
+    return _by_step(rows, lambda chosen: _stack(chosen, tokenizer), batch_size, seed)
 
 
 def _by_step(rows: list[dict], stack: Callable[[list[dict]], Batch], batch_size: int, seed: int):
@@ -239,20 +240,24 @@ def _stack_sft(rows: list[dict], tokenizer) -> Batch:
 
 def _stack(rows: list[dict], tokenizer) -> Batch:
     batch = {"row": torch.tensor([row["row"] for row in rows])}
-    for field in ("prompt", "chosen", "rejected", "completion"):
+    for field in ("prompt", "chosen", "rejected", "completion", "mismatched"):
         if field in rows[0]:
             both = padded([row[field] for row in rows], _filler(tokenizer), left=field == "prompt")
             batch[f"{field}_ids"], batch[f"{field}_mask"] = both
+    if "desirable" in rows[0]:
+        batch["desirable"] = torch.tensor([row["desirable"] for row in rows])
     return batch
 
 
-def _stack_feedback(rows: list[dict], tokenizer) -> Batch:
+def _thumbs(records, tokenizer, max_length: int) -> list[dict]:
+    """Feedback rows with their mismatched completions, so that these do not change from epoch to epoch."""
+    rows = _each(records, _answers_row, tokenizer, max_length, "feedback")
     if len(rows) < 2:
-        raise ValueError("one feedback row has no other to be mismatched with, as KTO's KL needs; batch two")
-    batch = _stack(rows, tokenizer)
-    for name in ("ids", "mask"):
-        batch[f"mismatched_{name}"] = batch[f"completion_{name}"].roll(1, 0)
-    return {**batch, "desirable": torch.tensor([row["desirable"] for row in rows])}
+        raise ValueError("one feedback row has no other to be mismatched with, as KTO's KL needs; give two")
+    for i, row in enumerate(rows):  # an answer to the same question would be no mismatch
+        others = (rows[i - n] for n in range(1, len(rows)) if rows[i - n]["prompt"] != row["prompt"])
+        row["mismatched"] = next(others, rows[i - 1])["completion"]
+    return rows
 
 
 def _filler(tokenizer) -> int:
