@@ -1,6 +1,7 @@
 """Preference losses: by hand in value and gradient, by their symmetries, at extremes, and TRL's own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
+from spark_ft.bench import peers
+from spark_ft.data.records import read_records
+from spark_ft.files import ROOT
+from spark_ft.lab import parity
 from spark_ft.methods.preference import (
     apo_down_loss,
     apo_zero_loss,
@@ -217,3 +222,90 @@ def test_wrong_inputs_are_refused_with_a_sentence():
         (lambda: cdpo_loss(two, two, two, two, label_smoothing=0.5), (), "label_smoothing=0.5", "under 0.5"),
         (lambda: robust_dpo_loss(two, two, two, two, label_smoothing=-0.1), (), "at least 0"),
     )
+
+
+# ── TRL 1.16, each trainer on its own batch ─────────────────────────────────────────────────────────────────
+
+
+def kitchen(kind, count):
+    rows = read_records(
+        ROOT / f"data/kitchen_{'feedback' if kind == 'feedback' else 'preferences'}/train.jsonl", kind
+    )
+    return (
+        rows[:count]
+        if kind == "preference"
+        else [*rows[:count], *(r for r in rows if not r["label"])][: 2 * count]
+    )
+
+
+def agrees(found):
+    loss, *slopes = found.values()
+    return loss < 1e-6 and max(slopes) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_losses_with_a_reference_are_those_of_trls_dpo_trainer(tokenizer, monkeypatch):
+    trainer = parity.small_trainer(peers.dpo_trainer, kitchen("preference", 4), tokenizer, {})
+    for loss_type, loss, beta, smoothing, per_token in (
+        ("sigmoid", dpo_loss, 0.1, 0.0, False),
+        ("sigmoid_norm", dpo_loss, 2.0, 0.0, True),  # β times a mean of −10.8 rounds to 1e-6 at 5
+        ("ipo", ipo_loss, 0.3, 0.0, True),
+        ("robust", robust_dpo_loss, 0.05, 0.2, False),
+        ("apo_zero", apo_zero_loss, 0.05, 0.0, False),
+        ("apo_down", apo_down_loss, 0.05, 0.0, False),
+    ):
+        trainer.loss_types, trainer.beta, trainer.label_smoothing = [loss_type], beta, smoothing
+        theirs = peers.dpo_numbers(trainer)
+        assert (theirs.logps[0] - theirs.logps[2]).abs().min() > 0.1, "the policy has moved"
+        ours = partial(loss, **({"label_smoothing": smoothing} if smoothing else {}), beta=beta)
+        assert agrees(parity.against_trl(ours, theirs, per_token)), loss_type
+        for wrong in (partial(ours, beta=1.05 * beta), lambda c, r, rc, rr, ours=ours: ours(c, r, rr, rc)):
+            assert not agrees(parity.against_trl(wrong, theirs, per_token)), loss_type
+        assert not agrees(parity.against_trl(ours, theirs, not per_token)), loss_type
+    trainer.loss_types, trainer.beta, trainer.label_smoothing = ["aot"], 0.1, 0.2
+    whole = peers.trl_batch(trainer)
+    monkeypatch.setattr(
+        peers, "trl_batch", lambda _: {name: x[[1, 5]] for name, x in whole.items()}
+    )  # one pair
+    ours = partial(cdpo_loss, label_smoothing=0.2)
+    assert agrees(parity.against_trl(ours, peers.dpo_numbers(trainer)))
+
+
+@pytest.mark.slow
+def test_simpo_orpo_and_kto_are_those_of_trls_trainers(tokenizer):
+    rows = kitchen("preference", 4)
+    trainer = parity.small_trainer(peers.simpo_trainer, rows, tokenizer, {"beta": 2.5, "gamma": 1.4})
+    theirs = peers.odds_numbers(trainer)._replace()
+    assert theirs.logps[2] == 0, "without an NLL"
+    theirs = theirs._replace(logps=theirs.logps[:2])
+    assert agrees(parity.against_trl(partial(simpo_loss, beta=2.5, gamma=1.4), theirs))
+    assert not agrees(parity.against_trl(partial(simpo_loss, beta=2.5, gamma=1.4 / 2.5), theirs)), (
+        "γ is not γ/β"
+    )
+    trainer.label_smoothing = 0.2  # SimPO with it is conservative DPO whose reference gives chosen γ/β more
+    theirs = peers.odds_numbers(trainer)
+    smooth = lambda c, r, _: cdpo_loss(  # noqa: E731
+        c, r, torch.full_like(c, 1.4 / 2.5), torch.zeros_like(c), beta=2.5, label_smoothing=0.2
+    )
+    assert agrees(parity.against_trl(smooth, theirs))
+    assert agrees(parity.orpo_against_trl(orpo_loss, rows, tokenizer, weight=0.5))
+    summed = lambda c, r, nll, weight: orpo_loss(30 * c, 30 * r, nll, weight=weight)  # noqa: E731
+    assert not agrees(parity.orpo_against_trl(summed, rows, tokenizer, weight=0.5))
+
+
+@pytest.mark.slow
+def test_kto_is_trls_whatever_the_sign_of_the_kl_and_with_the_mismatched_pairs_that_we_make(tokenizer):
+    rows = kitchen("feedback", 3)
+    weights = {"desirable_weight": 0.5, "undesirable_weight": 2.0}
+    trainer = parity.small_trainer(peers.kto_trainer, rows, tokenizer, weights)
+    seen = []
+    for _ in range(2):
+        theirs = peers.kto_numbers(trainer)
+        seen.append(theirs.logps[-1].item())
+        assert theirs.logps[2].sum() == 3
+        assert agrees(parity.against_trl(partial(kto_loss, **weights), theirs))
+        assert not agrees(parity.against_trl(kto_loss, theirs))
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.data.neg_()
+    assert min(seen) < 0 < max(seen)

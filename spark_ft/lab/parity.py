@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,6 +174,119 @@ def neftune_against_transformers(
         "gradient": (our_gradient, their_gradient),
     }
     return {name: relative_difference(*pair) for name, pair in pairs.items()}
+
+
+def dpo_against_trl(
+    loss: Callable[..., Tensor],
+    records: list[dict[str, Any]],
+    tokenizer,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    per_token: bool = False,
+) -> dict[str, float]:
+    """Compare a loss with TRL's DPOTrainer on the trainer's own batch; return relative differences.
+
+    Args:
+        loss: called as (chosen, rejected, ref_chosen, ref_rejected, beta=beta), all numbers TRL's own; gives
+            a loss per pair, or their mean.
+        records: preference rows, which make one batch; a small random model with adapters scores them.
+        beta, loss_type, label_smoothing: TRL's settings.
+        per_token: give the loss means over the completion's tokens in place of sums.
+
+    Returns:
+        differences of the mean loss, and of its gradient with respect to the policy's log-probabilities.
+    """
+    settings = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
+    trainer = small_trainer(peers.dpo_trainer, records, tokenizer, settings)
+    return against_trl(partial(loss, beta=beta), peers.dpo_numbers(trainer), per_token)
+
+
+def simpo_against_trl(
+    loss: Callable[..., Tensor],
+    records: list[dict[str, Any]],
+    tokenizer,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> dict[str, float]:
+    """`dpo_against_trl` with TRL's CPOTrainer, set to be SimPO; loss is (chosen, rejected, beta=, gamma=)."""
+    trainer = small_trainer(peers.simpo_trainer, records, tokenizer, {"beta": beta, "gamma": gamma})
+    numbers = peers.odds_numbers(trainer)
+    numbers = numbers._replace(logps=numbers.logps[:2])  # with cpo_alpha = 0 the NLL is not used
+    return against_trl(partial(loss, beta=beta, gamma=gamma), numbers)
+
+
+def orpo_against_trl(
+    loss: Callable[..., Tensor], records: list[dict[str, Any]], tokenizer, *, weight: float = 0.1
+) -> dict[str, float]:
+    """`dpo_against_trl` with TRL's ORPOTrainer; loss is (chosen, rejected, nll, weight=), nll one number."""
+    trainer = small_trainer(peers.orpo_trainer, records, tokenizer, {"weight": weight})
+    return against_trl(partial(loss, weight=weight), peers.odds_numbers(trainer))
+
+
+def kto_against_trl(
+    loss: Callable[..., Tensor],
+    records: list[dict[str, Any]],
+    tokenizer,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> dict[str, float]:
+    """`dpo_against_trl` with TRL's KTOTrainer, on feedback rows.
+
+    Args:
+        loss: called as (policy, reference, desirable, kl, beta=, desirable_weight=, undesirable_weight=);
+            kl is the mean over the mismatched pairs, clamped at 0.
+    """
+    settings = {
+        "beta": beta,
+        "desirable_weight": desirable_weight,
+        "undesirable_weight": undesirable_weight,
+    }
+    trainer = small_trainer(peers.kto_trainer, records, tokenizer, settings)
+    numbers = peers.kto_numbers(trainer)
+    *rest, kl = numbers.logps
+    return against_trl(partial(loss, **settings), numbers._replace(logps=(*rest, kl.clamp(min=0))))
+
+
+def against_trl(
+    loss: Callable[..., Tensor], theirs: peers.TrlNumbers, per_token: bool = False
+) -> dict[str, float]:
+    """Compare a loss with TRL's on the log-probabilities that TRL computed; return relative differences."""
+    policy = ("chosen", "rejected") if len(theirs.slopes) == 2 else ("policy",)
+    sums = [x.clone() for x in theirs.logps]
+    trained = [x.requires_grad_() for x in sums[: len(policy)]]
+    inputs = [x / n for x, n in zip(sums, theirs.tokens, strict=True)] if per_token else sums
+    ours = loss(*inputs).mean()
+    slopes = torch.autograd.grad(ours, trained)
+    found = {"loss": relative_difference(ours.detach(), theirs.loss)}
+    for name, slope, their in zip(policy, slopes, theirs.slopes, strict=True):
+        found[f"gradient of {name}"] = relative_difference(slope, their)
+    return found
+
+
+def small_trainer(build: Callable, records: list[dict[str, Any]], tokenizer, settings: dict[str, Any]):
+    """A TRL trainer of a small random model whose adapters have moved it well away from its reference.
+
+    Args:
+        build: `dpo_trainer`, `kto_trainer`, `simpo_trainer` or `orpo_trainer` of `bench.peers`.
+        settings: that function's own.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.1, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rows = peers.text_rows(records, tokenizer)
+        trainer = build(LlamaForCausalLM(config), tokenizer, rows, peers.peft_config(4), **settings)
+        for name, p in trainer.model.named_parameters():
+            if p.requires_grad and "lora_B" in name:
+                p.data.normal_(std=0.05)
+    return trainer
 
 
 def nf4_against_bitsandbytes(
