@@ -28,7 +28,9 @@ def _set_deterministic(value: tuple[bool, bool]) -> None:
 
 
 def _set_inference(value: bool) -> None:
-    torch.inference_mode(value).__enter__()
+    guard = torch.inference_mode(value)
+    guard.__enter__()
+    _GUARDS.append(guard)  # collected, it would undo itself
 
 
 def _cudnn(name: str) -> Setting:
@@ -37,6 +39,7 @@ def _cudnn(name: str) -> Setting:
     return Setting(lambda: getattr(backend, name), lambda value: setattr(backend, name, value), says)
 
 
+_GUARDS: list[Any] = []
 SETTINGS = (
     Setting(
         torch.is_inference_mode_enabled,

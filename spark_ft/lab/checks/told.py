@@ -21,11 +21,14 @@ CUTS = re.compile(r"\.detach\(|\.data\b|\.item\(|\.tolist\(|\.numpy\(|no_grad|in
 def exception(error: Exception, answers: Iterable[Any]) -> str:
     """An exception in one line: as the learner's, with their line, where one of their lines raised it."""
     answers = list(answers)
-    kind, first = type(error).__name__, _short(str(error).split("\n")[0], 110)
+    kind, whole = type(error).__name__, str(error).split("\n")[0]
+    first = _short(
+        re.sub(r"^[\w.<>]*\.(?=[\w<>]+\(\))", "", whole), 110
+    )  # a function's name without its home
     named = f"{kind}: {first}" if first else kind
     if where := _their_line(error, answers):
         return f"your code raised {named} ({where})"
-    if isinstance(error, TypeError) and re.search(r"argument|callable", first):
+    if isinstance(error, TypeError) and re.search(r"argument|callable", whole):
         return f"your function cannot be called as the text says: {first}"
     return f"the check cannot use what your code gave ({named}): compare its type and shape with the text"
 
@@ -134,6 +137,6 @@ def values(actual: Tensor, expected: Tensor, tolerance: float) -> str:
         return (
             f"{said}: its sign is wrong"
             if abs(factor + 1) < 1e-4
-            else f"{said}: {factor:.4g} times too large"
+            else f"{said}: it is {factor:.4g} times that"
         )
     return said
