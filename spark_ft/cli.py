@@ -48,6 +48,37 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
+def _data(arguments: list[str]) -> int:
+    from spark_ft.data.cleaning import CLEAN_UPS
+    from spark_ft.data.own import own_rows
+    from spark_ft.models import load_tokenizer
+
+    parser = argparse.ArgumentParser(prog="spark-ft data", description=COMMANDS["data"][1])
+    add = parser.add_argument
+    add("file", type=Path, help=".jsonl, .json, .csv, .tsv, .parquet or .txt, each also as .gz")
+    add("--model", metavar="NAME", help="whose template and tokens; default the embedded model's")
+    add("--held-out", type=Path, metavar="FILE", help="test rows in any such format; none may be in FILE")
+    add("--keep", nargs="+", default=(), choices=CLEAN_UPS, metavar="FAULT", help=", ".join(CLEAN_UPS))
+    add("--out", type=Path, metavar="PATH", help="the clean rows; default FILE's name with .clean.jsonl")
+    options = parser.parse_args(arguments)
+    stem = Path(options.file.name.removesuffix(".gz")).stem
+    out = options.out or options.file.with_name(f"{stem}.clean.jsonl")
+    try:
+        rows = own_rows(options.file)
+        held_out = options.held_out and own_rows(options.held_out)
+        tokenizer = load_tokenizer(options.model)
+        rows = rows.rendered(tokenizer).cleaned(held_out, options.keep)
+        print(f"{rows}\n\n{rows.samples(tokenizer)}\n", flush=True)
+        rows.write(out)
+    except ValueError as error:
+        print(f"spark-ft data: {error}", file=sys.stderr)
+        return 1
+    if not held_out:
+        print("Leaks were not looked for: name your test rows with --held-out FILE")
+    print(f'{len(rows.records)} rows are in {out}; read_records("{out}", "{rows.kind}") reads them')
+    return 0
+
+
 def _rows_parser(command: str, rows: str) -> argparse.ArgumentParser:
     from spark_ft.bench.cases import ROWS
 
@@ -128,6 +159,7 @@ def _labs(arguments: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "doctor": (_doctor, "look at this machine: memory, versions, and the traps that apply here"),
     "plan": (_plan, "count the memory of a training run, and say whether it fits"),
+    "data": (_data, "check rows of your own, show what a template makes of them, write a clean file"),
     "parity": (_parity, "compare loss and gradient with PEFT, TRL and bitsandbytes; nothing is timed"),
     "bench": (_bench, "measure training steps side by side with PEFT and TRL, after checking their equality"),
     "labs": (_labs, "execute the labs headless and print a closing table"),

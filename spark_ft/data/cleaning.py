@@ -7,7 +7,7 @@ came in. None of this knows right from wrong: a fluent false answer passes.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import eq
 from typing import Any, NamedTuple
 
@@ -40,18 +40,23 @@ class Cleaned(NamedTuple):
         return dict(Counter(drop.fault for drop in self.dropped))
 
 
-def clean(records: Iterable[Record], held_out: Iterable[Record] = ()) -> Cleaned:
+def clean(
+    records: Iterable[Record], held_out: Iterable[Record] = (), keep: Collection[str] = ()
+) -> Cleaned:
     """All of the clean-ups in a row; every dropped row is listed once, with the first fault found.
 
     Args:
         records: the rows to train on.
         held_out: rows of validation and test sets, none of which may be among them.
+        keep: faults not to look for, names as in `counts`: {"refusal"} where refusals are wanted.
     """
     rows, held_out, dropped = list(records), list(held_out), []
     places = list(range(len(rows)))
-    copies = [lambda some: drop_leaked(some, held_out), drop_exact_duplicates, drop_near_duplicates]
-    for step in (drop_broken_encoding, *copies, drop_refusals, drop_repetition, drop_cut_off):
-        rows, out = step(rows)
+    steps = {**CLEAN_UPS, "leaked": lambda some: drop_leaked(some, held_out)}
+    if unknown := set(keep) - set(steps):
+        raise ValueError(f"keep: no fault is called {min(unknown)!r}; there are {', '.join(steps)}")
+    for fault, step in steps.items():
+        rows, out = step(rows) if fault not in keep else Cleaned(rows, [])
         for drop in out:  # a held-out row's number stays; other copies are of rows that came in
             copy_of = drop.copy_of if drop.fault == "leaked" or drop.copy_of is None else places[drop.copy_of]
             dropped.append(drop._replace(index=places[drop.index], copy_of=copy_of))
@@ -418,3 +423,15 @@ def _drop_answers(records: Iterable[Record], fault: str, why: Callable[[str], st
         return next(filter(None, map(why, answers)), None)
 
     return _drop(records, fault, first)
+
+
+# What `clean` looks for, in this order; what is gone can no longer be the original of a copy
+CLEAN_UPS: dict[str, Callable[..., Cleaned]] = {
+    "encoding": drop_broken_encoding,
+    "leaked": drop_leaked,
+    "exact_duplicate": drop_exact_duplicates,
+    "near_duplicate": drop_near_duplicates,
+    "refusal": drop_refusals,
+    "repetition": drop_repetition,
+    "cut_off": drop_cut_off,
+}

@@ -209,13 +209,14 @@ def to_dataset(records: Iterable[Record]) -> "Dataset":
 
 def from_dataset(dataset: "Dataset") -> list[Record]:
     """`datasets.Dataset` → rows; nulls, with which a table fills fields a row does not have, are left out."""
-    return [_without_nulls(row) for row in dataset]
+    return [without_nulls(row) for row in dataset]
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A row of a table without the nulls, at any depth, that fill the fields it does not have."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check(row: Record, kind: str, index: int | None = None) -> None:

@@ -16,6 +16,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's names for the roles; the first of each role is the usual one
 SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool", "user": "user"}
 SHAREGPT |= {"assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
+SHAREGPT |= {"function_call": "assistant"}
 
 _FILL = "fill it in or drop the row"
 _JSON = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
