@@ -5,6 +5,7 @@ import gc
 import json
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from helpers import tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from spark_ft.adapters import AdapterConfig, add_adapters
-from spark_ft.bench import cases, harness
+from spark_ft.bench import cases, harness, peers
 from spark_ft.bench.harness import Result, Row, Side, check_equal, compare, peak_extra_bytes, table
 from spark_ft.cli import main as cli
 from spark_ft.data.records import read_records
 from spark_ft.files import ROOT
 from spark_ft.lab.parity import qlora_against_peft
+from spark_ft.methods.preference import dpo_loss, kto_loss, orpo_loss, simpo_loss
 from spark_ft.scoring import sft_loss
 
 calls: list[str] = []
@@ -173,6 +175,47 @@ def test_spark_ft_equals_peft_trl_and_bitsandbytes(capsys):
     """Loss and gradient of whole steps with LoRA, DoRA and QLoRA, of a layer and of NF4."""
     assert cli(["parity"]) == 0
     assert capsys.readouterr().out.count(" equal: ") == len(cases.PARITY) >= 5
+
+
+def tiny_start(tokenizer):
+    """The tiny llama with the embedded model's tokens."""
+    return tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer
+
+
+@pytest.mark.slow
+def test_a_preference_step_is_trls_and_a_wrong_one_is_refused(tokenizer, monkeypatch):
+    load = partial(tiny_start, tokenizer)
+    pairs, thumbs = partial(cases.kitchen_rows, "preference", 2), partial(cases.kitchen_rows, "feedback", 4)
+    for rows, loss, trainer, settings, wrong in (
+        (pairs, dpo_loss, peers.dpo_trainer, {"keep_reference": True}, {"beta": 0.11}),
+        (pairs, simpo_loss, peers.simpo_trainer, {}, {"gamma": 0.5}),
+        (pairs, orpo_loss, peers.orpo_trainer, {}, {"weight": 0.2}),
+        (thumbs, kto_loss, peers.kto_trainer, {"keep_reference": True}, {"undesirable_weight": 1.01}),
+    ):
+        theirs = cases.preference_theirs(load, rows, trainer, settings)
+        check_equal(loss.__name__, cases.preference_ours(load, rows, loss), theirs)
+        with pytest.raises(ValueError, match="differ by"):
+            check_equal("wrong", cases.preference_ours(load, rows, partial(loss, **wrong)), theirs)
+    monkeypatch.setattr(peers, "text_rows", lambda records, _: records)
+    with pytest.raises(ValueError, match="scores other tokens"):
+        cases.preference_theirs(load, pairs, peers.simpo_trainer, {})
+
+
+@pytest.mark.parametrize("name", ["dpo-step", "kto-kept", "orpo-step-kitchen"])
+def test_the_work_of_a_preference_step_is_what_torch_counts(tokenizer, name):
+    given = partial(tiny_start, tokenizer), *cases.ROWS[name].ours.args[1:]
+    flops, gemms = cases.preference_work(*given)
+    side = cases.preference_ours(*given)
+    side.step()  # the first one compares heads, and makes the reference where it is kept
+    with FlopCounterMode(display=False) as counter:
+        side.step()
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    done = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in products)
+    (tokens,) = {rows for rows, *shape in gemms if shape == [32, 48]}
+    # the first layer's input is the frozen embedding: q, k and v of that layer pass no gradient on
+    assert done == flops - 2 * tokens * (32 * (32 + 16 + 16) + 3 * cases.SFT_RANK * 32)
+    passes = {"dpo-step": 3, "kto-kept": 3, "orpo-step-kitchen": 2}[name]  # forward and backward are two
+    assert gemms[tokens, 32, 48] == 2 * 2 * passes  # gate and up of two layers
 
 
 @pytest.mark.slow

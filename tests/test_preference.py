@@ -245,7 +245,7 @@ def agrees(found):
 
 @pytest.mark.slow
 def test_the_losses_with_a_reference_are_those_of_trls_dpo_trainer(tokenizer, monkeypatch):
-    trainer = parity.small_trainer(peers.dpo_trainer, kitchen("preference", 4), tokenizer, {})
+    trainer = parity.small_trainer(peers.dpo_trainer, kitchen("preference", 2), tokenizer, {})
     for loss_type, loss, beta, smoothing, per_token in (
         ("sigmoid", dpo_loss, 0.1, 0.0, False),
         ("sigmoid_norm", dpo_loss, 2.0, 0.0, True),  # β times a mean of −10.8 rounds to 1e-6 at 5
@@ -265,7 +265,7 @@ def test_the_losses_with_a_reference_are_those_of_trls_dpo_trainer(tokenizer, mo
     trainer.loss_types, trainer.beta, trainer.label_smoothing = ["aot"], 0.1, 0.2
     whole = peers.trl_batch(trainer)
     monkeypatch.setattr(
-        peers, "trl_batch", lambda _: {name: x[[1, 5]] for name, x in whole.items()}
+        peers, "trl_batch", lambda _: {name: x[[1, 3]] for name, x in whole.items()}
     )  # one pair
     ours = partial(cdpo_loss, label_smoothing=0.2)
     assert agrees(parity.against_trl(ours, peers.dpo_numbers(trainer)))
@@ -273,7 +273,7 @@ def test_the_losses_with_a_reference_are_those_of_trls_dpo_trainer(tokenizer, mo
 
 @pytest.mark.slow
 def test_simpo_orpo_and_kto_are_those_of_trls_trainers(tokenizer):
-    rows = kitchen("preference", 4)
+    rows = kitchen("preference", 2)
     trainer = parity.small_trainer(peers.simpo_trainer, rows, tokenizer, {"beta": 2.5, "gamma": 1.4})
     theirs = peers.odds_numbers(trainer)._replace()
     assert theirs.logps[2] == 0, "without an NLL"

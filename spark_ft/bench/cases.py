@@ -12,21 +12,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters
 from spark_ft.bench import peers
-from spark_ft.bench.harness import Gemms, Row, Side, step_flops, step_gemms, this_device
-from spark_ft.data.batches import collate_sft
-from spark_ft.data.chat import render
+from spark_ft.bench.harness import (
+    Gemms,
+    Row,
+    Side,
+    pass_flops,
+    pass_gemms,
+    step_flops,
+    step_gemms,
+    this_device,
+)
+from spark_ft.data.batches import collate_feedback, collate_preferences, collate_sft, with_prompt
+from spark_ft.data.chat import IGNORE, render
 from spark_ft.data.records import iter_records, read_records, write_records
 from spark_ft.files import ROOT
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import quantize_nf4
+from spark_ft.methods.preference import dpo_loss, kto_loss, orpo_loss, simpo_loss
 from spark_ft.models import load_model
-from spark_ft.scoring import sft_loss
+from spark_ft.preferences import feedback_loss, preference_loss
+from spark_ft.scoring import packed_row, sft_loss
+from spark_ft.training import Loss
 
 # ── rows: one SFT step against TRL's SFTTrainer with PEFT
 # ─────────────────────────────────────────────────── Both sides get our token ids. From the text, TRL would
@@ -88,17 +101,22 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
-def _our_step(
+def _our_sft_step(
     model: nn.Module, tokenizer, records: list[dict], compared: Callable[[str], bool] = lambda name: True
+) -> Side:
+    return _our_step(model, collate_sft(records, tokenizer, SFT_LENGTH), sft_loss, compared)
+
+
+def _our_step(
+    model: nn.Module, batch: dict[str, Tensor], loss_of: Loss, compared: Callable[[str], bool]
 ) -> Side:
     """The step of `train` on a model with adapters, ours or not."""
     parameters = {peers.our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    batch = collate_sft(records, tokenizer, SFT_LENGTH)
     batch = {key: value.to(model.device) for key, value in batch.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=SFT_RATE, weight_decay=0.0, fused=True)
 
     def backward() -> float:  # as `train` does it: the sum's gradient, then divided by the count
-        loss, count = sft_loss(model, batch)
+        loss, count, *_ = loss_of(model, batch)
         loss.backward()
         for p in parameters.values():
             p.grad /= count
@@ -121,7 +139,7 @@ def _sft_ours(method: str = "lora", dropout: float = 0.0, quantized: bool = Fals
     model, tokenizer, records = _sft_model(quantized)
     add_adapters(model, AdapterConfig(method, rank=SFT_RANK, dropout=dropout)).train()
     _fill_adapters({name: p for name, p in model.named_parameters() if p.requires_grad})
-    return _our_step(model, tokenizer, records)
+    return _our_sft_step(model, tokenizer, records)
 
 
 def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = False) -> Side:
@@ -138,13 +156,18 @@ def _sft_theirs(method: str = "lora", dropout: float = 0.0, quantized: bool = Fa
     trainer = peers.sft_trainer(
         model, tokenizer, rows, adapter, max_length=SFT_LENGTH, learning_rate=SFT_RATE, max_grad_norm=SFT_CLIP
     )
+    batch = next(iter(trainer.get_train_dataloader()))
+    if _scored(batch) != _scored(collate_sft(records, tokenizer, SFT_LENGTH)):
+        raise ValueError("sft-step: TRL's batch scores other tokens than ours")
+    return _their_step(trainer, batch)
+
+
+def _their_step(trainer, batch: dict[str, Tensor]) -> Side:
+    """TRL's own step on its batch, from adapters filled as ours are."""
     parameters = {peers.our_name(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
     for p in parameters.values():
         p.data = p.data.float()  # on a 4-bit model TRL makes adapters bf16
     _fill_adapters(parameters)
-    batch = next(iter(trainer.get_train_dataloader()))
-    if _scored(batch) != _scored(collate_sft(records, tokenizer, SFT_LENGTH)):
-        raise ValueError("sft-step: TRL's batch scores other tokens than ours")
     optimizer = trainer.create_optimizer()
 
     def backward() -> float:
@@ -184,7 +207,7 @@ def _peft_layers(dropout: float = 0.0) -> Side:
     model, tokenizer, records = _sft_model()
     peers.peft_layers(model, peers.peft_config(SFT_RANK, dropout=dropout, dora=True))
     _fill_adapters({peers.our_name(name): p for name, p in model.named_parameters() if p.requires_grad})
-    return _our_step(model, tokenizer, records)
+    return _our_sft_step(model, tokenizer, records)
 
 
 def _at_rest(name: str) -> bool:
@@ -199,7 +222,143 @@ def _dora_as_lora() -> Side:
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             layer.magnitude.copy_(layer.norm())
-    return _our_step(model, tokenizer, records, compared=_at_rest)
+    return _our_sft_step(model, tokenizer, records, compared=_at_rest)
+
+
+# ── rows: one step of preference learning against TRL's trainers with PEFT ─────────────────────────────────
+# Theirs gets our rows as text, and must make the same tokens of them. "kept": both sides compute the
+# reference's log-probabilities once, before anything is timed.
+
+PAIRS, THUMBS = 4, 8
+
+
+def kitchen_rows(kind: str, count: int, joined: int = 1) -> list[dict]:
+    """Rows of the kitchen sets; joined: prompts that make one, of which two are answered."""
+    folder = {"preference": "kitchen_preferences", "feedback": "kitchen_feedback"}[kind]
+    rows, made = read_records(ROOT / f"data/{folder}/train.jsonl", kind), []
+    if kind == "feedback":  # as many down as up, and no two after each other with one prompt
+        up, down = ([row for row in rows if row["label"] == label] for label in (True, False))
+        rows = [row for both in zip(up[: len(down)], down, strict=True) for row in both]
+    for i in range(count):
+        few = rows[i::count][:joined]
+        answers = {key: " ".join(row[key] for row in few[:2]) for key in few[0] if key in ANSWERS}
+        label = {"label": few[0]["label"]} if "label" in few[0] else {}
+        made.append({"prompt": " ".join(row["prompt"] for row in few), **answers, **label})
+    return made
+
+
+ANSWERS = ("chosen", "rejected", "completion")
+
+
+def _sides(records: list[dict]) -> tuple[str, str]:
+    return ("completion", "mismatched") if "label" in records[0] else ("chosen", "rejected")
+
+
+def _collated(records: list[dict], tokenizer) -> dict[str, Tensor]:
+    collate = collate_feedback if "label" in records[0] else collate_preferences
+    return collate(records, tokenizer)
+
+
+def preference_ours(
+    load: Callable[[], tuple], rows: Callable[[], list[dict]], loss: Callable[..., Tensor], keep: bool = True
+) -> Side:
+    """Our step with a preference loss; without `keep` the reference is computed in every step."""
+    (model, tokenizer), records = load(), rows()
+    add_adapters(model, AdapterConfig(rank=SFT_RANK)).train()
+    _fill_adapters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    step_loss = (feedback_loss if "label" in records[0] else preference_loss)(loss)
+
+    def of_step(model: nn.Module, batch: dict[str, Tensor]) -> tuple:
+        if not keep:
+            step_loss.reference.kept.clear()
+        return step_loss(model, batch)
+
+    return _our_step(model, _collated(records, tokenizer), of_step, lambda name: True)
+
+
+def preference_theirs(
+    load: Callable[[], tuple], rows: Callable[[], list[dict]], trainer: Callable, settings: dict[str, Any]
+) -> Side:
+    """TRL's step: `trainer` is one of `peers`, with its settings."""
+    (model, tokenizer), records = load(), rows()
+    model.set_attn_implementation("sdpa")  # transformers' own, which ours replaces
+    texts, adapter = peers.text_rows(records, tokenizer), peers.peft_config(SFT_RANK)
+    built = trainer(model, tokenizer, texts, adapter, learning_rate=SFT_RATE, **settings)
+    if peers.trl_tokens(built) != _answered(_collated(records, tokenizer), _sides(records)):
+        raise ValueError("TRL's batch scores other tokens than ours")
+    return _their_step(built, peers.trl_batch(built))
+
+
+def _answered(batch: dict[str, Tensor], sides: tuple[str, ...]) -> list:
+    rows = with_prompt(batch, *sides)
+    scored, real = rows["labels"] != IGNORE, rows["attention_mask"].bool()
+    rows = zip(rows["input_ids"], scored, real, strict=True)
+    return sorted((ids[mask].tolist(), said[mask].tolist()) for ids, said, mask in rows)
+
+
+def preference_work(
+    load: Callable[[], tuple], rows: Callable[[], list[dict]], loss: Callable[..., Tensor], keep: bool = True
+) -> tuple[int, Gemms]:
+    """Operations of our step's passes, and their products; a pass with a backward counts twice in these."""
+    (model, tokenizer), records = load(), rows()
+    batch, sides = _collated(records, tokenizer), _sides(records)
+    add_adapters(model, AdapterConfig(rank=SFT_RANK))
+
+    def size(*sides: str) -> tuple[int, int]:
+        rows = with_prompt(batch, *sides)
+        row = packed_row(model, rows, together=len(sides))
+        tokens = row.ids.numel() if row else int(rows["attention_mask"].sum())
+        return tokens, int((rows["labels"][:, 1:] != IGNORE).sum())
+
+    thumbs = "label" in records[0]
+    tokens, scored = size("completion") if thumbs else size(*sides)
+    if loss is orpo_loss:
+        scored += int(batch["prompt_mask"].sum()) - len(records)  # its NLL is over the prompts too
+    passes = [(tokens, scored, True, True)]
+    if thumbs:
+        passes.append((*size("mismatched"), False, True))
+    if not keep:
+        passes.append((*size(*sides), False, False))
+    gemms: Gemms = {}
+    for tokens, scored, backward, _ in passes:
+        for shape, count in pass_gemms(model, tokens, scored).items():
+            gemms[shape] = gemms.get(shape, 0) + count * (1 + backward)
+    return sum(pass_flops(model, *each) for each in passes), gemms
+
+
+def _fp32_model() -> tuple:
+    return _sft_model()[:2]
+
+
+def _preference_rows() -> Iterator[Row]:
+    """DPO with its reference in the step and kept, KTO, SimPO, ORPO, each at two lengths."""
+    long, kitchen = "some 95 prompt and 60 completion tokens", "kitchen lengths"
+    for name, kind, says, loss, trainer, keep in (
+        (
+            "dpo-step",
+            "preference",
+            "DPO, the reference in the step; theirs DPOTrainer",
+            dpo_loss,
+            "dpo",
+            False,
+        ),
+        ("dpo-kept", "preference", "DPO, the reference kept; theirs DPOTrainer", dpo_loss, "dpo", True),
+        ("kto-kept", "feedback", "KTO, the reference kept; theirs KTOTrainer", kto_loss, "kto", True),
+        ("simpo-step", "preference", "SimPO; theirs CPOTrainer", simpo_loss, "simpo", True),
+        ("orpo-step", "preference", "ORPO; theirs ORPOTrainer", orpo_loss, "orpo", True),
+    ):
+        build = getattr(peers, f"{trainer}_trainer")
+        settings = {"keep_reference": keep} if trainer in ("dpo", "kto") else {}
+        count, what = (THUMBS, "thumbs") if kind == "feedback" else (PAIRS, "pairs")
+        for suffix, lengths, joined in (("", long, 5), ("-kitchen", kitchen, 1)):
+            given = _fp32_model, partial(kitchen_rows, kind, count, joined)
+            yield Row(
+                f"{name}{suffix}",
+                f"{says} + PEFT; {count} {what} of {lengths}, LoRA r{SFT_RANK} on all linear layers, AdamW",
+                partial(preference_ours, *given, loss, keep),
+                partial(preference_theirs, *given, build, settings),
+                partial(preference_work, *given, loss, keep),
+            )
 
 
 # ── rows: one LoRA layer against PEFT's ─────────────────────────────────────────────────────────────────────
@@ -383,6 +542,7 @@ ROWS = {
             partial(_sft_theirs, quantized=True),
             _sft_work,
         ),
+        *_preference_rows(),
         Row(
             "lora-layer",
             f"one LoRA r{LAYER_RANK} layer 576→1536, {_LAYER}",
@@ -418,4 +578,14 @@ ROWS = {
     )
 }
 # one row per method and library: what `spark-ft parity` checks unless it is told otherwise
-PARITY = ("sft-step", "dora-step", "qlora-step", "lora-layer", "nf4-dequantize")
+PARITY = (
+    "sft-step",
+    "dora-step",
+    "qlora-step",
+    "dpo-step-kitchen",
+    "simpo-step-kitchen",
+    "orpo-step-kitchen",
+    "kto-kept-kitchen",
+    "lora-layer",
+    "nf4-dequantize",
+)

@@ -252,26 +252,33 @@ def step_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     beginning, and prompt rows in the head are not computed. Attention's scores, element-wise work and
     whatever is computed twice are left out, so a rate made from it is modest.
     """
-    tokens, rows = _computed_tokens(model, batch), _completion_tokens(batch)
-    head = model.get_output_embeddings()
-    total = 0
+    return pass_flops(model, _computed_tokens(model, batch), _completion_tokens(batch))
+
+
+def pass_flops(model: nn.Module, tokens: int, rows: int, backward: bool = True, adapters: bool = True) -> int:
+    """`step_flops` for `tokens` of which `rows` are scored; without backward or without adapters if told."""
+    head, total = model.get_output_embeddings(), 0
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            total += 6 * tokens * module.rank * (module.in_features + module.out_features)
+            sizes = module.rank * (module.in_features + module.out_features)
+            total += adapters * (6 if backward else 2) * tokens * sizes
         elif isinstance(module, nn.Linear):
-            passes = 3 if module.weight.requires_grad else 2
+            passes = 1 + backward * (1 + module.weight.requires_grad)
             total += passes * 2 * module.weight.numel() * (rows if module is head else tokens)
     return total
 
 
 def step_gemms(model: nn.Module, batch: dict[str, Tensor]) -> Gemms:
     """The shapes of the model's linear layers at this batch's size, and how often each occurs."""
-    tokens, gemms = _computed_tokens(model, batch), {}
-    head = model.get_output_embeddings()
+    return pass_gemms(model, _computed_tokens(model, batch), _completion_tokens(batch))
+
+
+def pass_gemms(model: nn.Module, tokens: int, rows: int) -> Gemms:
+    """`step_gemms` for `tokens` of which `rows` are scored."""
+    head, gemms = model.get_output_embeddings(), {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            rows = _completion_tokens(batch) if module is head else tokens
-            shape = (rows, module.in_features, module.out_features)
+            shape = (rows if module is head else tokens, module.in_features, module.out_features)
             gemms[shape] = gemms.get(shape, 0) + 1
     return gemms
 

@@ -1,5 +1,6 @@
 """Every object of PEFT, TRL, bitsandbytes and datasets that the bench and the parity cells compare with."""
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -220,9 +221,14 @@ def _trainer(trainer, config, model: nn.Module, tokenizer, rows: list[dict], ada
     datasets.disable_progress_bars()
     try:
         data = datasets.Dataset.from_list(rows)
-        built = trainer(
-            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapter
-        )
+        with patch.dict(os.environ, TQDM_DISABLE="1"):
+            built = trainer(
+                model=model,
+                args=arguments,
+                train_dataset=data,
+                processing_class=tokenizer,
+                peft_config=adapter,
+            )
     finally:
         if not silent:
             datasets.enable_progress_bars()
