@@ -16,7 +16,7 @@ from spark_ft.data.records import read_records
 
 ROWS = [
     {"prompt": "Is miso vegan?", "completion": "The paste mostly is, the soup often is not."},
-    {"prompt": 'Say "hot", twice;\nthen stop.', "completion": "Hot, hot. [Two times.]"},
+    {"prompt": 'Say "hot", twice;\nthen stop.', "completion": '[{"say": "hot", "times": 2}]'},
     {"prompt": "Wie heiß für Brot?", "completion": "230 °C."},
 ]
 TALKS = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in ROWS]
@@ -63,25 +63,28 @@ def test_the_same_rows_come_out_of_every_format(tmp_path):
         "array.json": json.dumps(ROWS, indent=2).encode(),
         "lines.json": jsonl(ROWS),
         "one_field.json": json.dumps({"version": 1, "data": ROWS}).encode(),
-        "excel.csv": table(asked, delimiter=";"),
+        "excel.csv": table(asked, delimiter=";") + b";\r\n",
         "comma.csv": table(ROWS, quoting=csv.QUOTE_ALL),
         "tabs.tsv": table(asked, delimiter="\t"),
         "rows.parquet": parquet(ROWS),
         "packed.jsonl.gz": gzip.compress(jsonl(ROWS)),
         "packed.csv.gz": gzip.compress(table(ROWS)),
         "alpaca.json": json.dumps(alpaca).encode(),
-        "dolly.jsonl": jsonl({**ROW, "context": ""} for ROW in asked),
         "sharegpt.jsonl": jsonl({"conversations": messages(talk, "from", "value")} for talk in sharegpt),
         "messages.parquet": parquet(chats),
         "json_in_cells.csv": table([{"messages": json.dumps(chat["messages"])} for chat in chats]),
         "pandas_in_cells.csv": table(chats),
         "chatml.jsonl": jsonl({"text": text} for text in marks),
         "trl.jsonl": jsonl(lists),
+        "trl.csv": table([{name: json.dumps(some) for name, some in row.items()} for row in lists]),
     }
     for name, content in files.items():
         rows = own_rows(save(tmp_path / name, content))
-        kept = [{field: record[field] for field in ROWS[0]} for record in rows.records]
-        assert (rows.kind, kept, rows.faults) == ("sft", ROWS, []), name
+        assert (rows.kind, rows.records, rows.faults) == ("sft", ROWS, []), name
+    dolly = {"instruction": "Sum it up.", "context": "Soup.", "response": "S.", "category": "sum"}
+    rows = own_rows(save(tmp_path / "dolly.jsonl", jsonl([dolly])))
+    assert rows.records == [{"prompt": "Sum it up.\n\nSoup.", "completion": "S.", "category": "sum"}]
+    assert '"context" is read as "input" (rows: 1)' in rows.notes
 
 
 USER, BOT = ({"role": role, "content": text} for role, text in (("user", "Hot?"), ("assistant", "Yes.")))
@@ -112,7 +115,8 @@ def test_tool_calls_of_every_dialect_are_the_same_rows(tmp_path, tokenizer):
     tools = json.dumps(TOOLS)
     factory = {"conversations": messages(turns, "from", "value"), "system": "Be brief.", "tools": tools}
     rows = [{"messages": talk, "tools": tools} for talk in (openai, flat, old)]
-    one = {"messages": [{"role": "system", "content": "Be brief."}, *openai[1:]], "tools": tools}
+    one = {"messages": [{"role": "system", "content": "Be brief."}, *openai[1:]]}
+    one["tools"] = [{**TOOLS[0], "strict": None}]
     for name, content in {"a.jsonl": jsonl([*rows, factory]), "b.parquet": parquet([one])}.items():
         rows = own_rows(save(tmp_path / name, content))
         assert not rows.faults
@@ -265,7 +269,7 @@ def test_the_command_says_what_it_found_and_writes_a_clean_file_nothing_lost_in_
         f"{path}:8: refusal: declines",
         f"{path}:9: \"completion\" holds the control token '<|im_end|>'",
         "3 rows are fine, 4 are left out",
-        f"longest 49 ({path}:3)",
+        f"longest 54 ({path}:3)",
         f"{path}:5, 7 of 46 tokens learned",
         "Wie heiß für Brot?<|im_end|>\n<|im_start|>assistant\n⟦230 °C.<|im_end|>⟧",
     ):
@@ -273,8 +277,8 @@ def test_the_command_says_what_it_found_and_writes_a_clean_file_nothing_lost_in_
     assert read_records(tmp_path / "my.rows.clean.jsonl", "sft") == ROWS
     assert f'read_records("{tmp_path / "my.rows.clean.jsonl"}", "sft")' in said
     out = tmp_path / "kept.jsonl"
-    assert cli(["data", str(path), "--keep", "refusal", "exact_duplicate", "--out", str(out)]) == 0
-    assert len(read_records(out, "sft")) == 6
+    assert cli(["data", str(path), "--keep", "refusal", "--out", str(out)]) == 0
+    assert len(read_records(out, "sft")) == 5
     assert "Leaks were not looked for" in capsys.readouterr().out
     assert cli(["data", str(held), "--out", str(held)]) == 1
     assert "is the file that was read; write to another one" in capsys.readouterr().err

@@ -223,7 +223,7 @@ def _own(row: Any, read_as: Counter) -> tuple[str, str, Record]:
         row = alpaca_to_messages(row)
         row.pop("input_start", None)
     elif form == "text" and "<|im_start|>" in str(row["text"]):
-        form, kind, row = "ChatML", "chat", {**row, **chatml_to_messages(row.pop("text"))}
+        form, kind, row = "ChatML", "chat", {**chatml_to_messages(row.pop("text")), **row}
     elif form != "text":
         rename(_ASKING, "prompt")
         if form != "preference":
