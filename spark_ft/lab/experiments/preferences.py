@@ -5,7 +5,6 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from statistics import mean
 from typing import Any
 
@@ -142,14 +141,14 @@ def judged(model: nn.Module, tokenizer, asked: Sequence[str]) -> dict[str, Any]:
 
     Returns, ready for JSON:
         "metric": answers that the judge passes, of "asked": `score` makes a share with its interval of both
-        "sound": answers that pass the guard: their mean log-probability per token under the reference is at
-            least `SOUND`. Gibberish full of grams passes the judge, and fails here
         "looping": answers in which five words in a row stand twice
         "cut": answers that did not end within `MAX_NEW_TOKENS`; "tokens": mean length of those that did
         "logp": mean log-probability per token under the reference, averaged over the answers
         "kl": nats per answer that the model has moved away from the reference: at each token of its answer
             KL(model ‖ reference) over the whole vocabulary, summed; "kl per token" is the same per token
-        "answers": the texts; "logps": the log-probability per token of each, None where it is empty
+        "answers": the texts; "logps": the log-probability per token of each, None where it is empty;
+        "kls": the nats of each
+    The guard, which gibberish fails, reads "logps": `score(figures, "sound")`.
     """
     layers = adapted_layers(model).values()
     for layer in layers:  # merged, a token takes a third less time; the answers are the same
@@ -165,7 +164,6 @@ def judged(model: nn.Module, tokenizer, asked: Sequence[str]) -> dict[str, Any]:
     return {
         "asked": len(asked),
         "metric": sum(map(is_metric, answers)),
-        "sound": sum(logp >= SOUND for logp in logps),
         "looping": sum(map(loops, answers)),
         "cut": len(ended) - sum(ended),
         "tokens": mean(lengths) if lengths else None,
@@ -174,12 +172,18 @@ def judged(model: nn.Module, tokenizer, asked: Sequence[str]) -> dict[str, Any]:
         "kl per token": sum(drifts) / sum(counts),
         "answers": list(answers),
         "logps": [round(logp, 3) if logp > -math.inf else None for logp in logps],
+        "kls": [round(drift, 3) for drift in drifts],
     }
 
 
 def score(figures: dict[str, Any], what: str = "metric") -> Estimate:
-    """The share of a run's answers that are metric, sound, looping or cut, with Wilson's 95% interval."""
-    return wilson_interval(figures[what], figures["asked"])
+    """The share of a run's answers that are metric, sound, looping or cut, with Wilson's 95% interval.
+
+    Sound is an answer that passes the guard: the reference gives it at least `SOUND` per token, on average.
+    Gibberish full of grams passes the judge, and fails here.
+    """
+    count = figures[what] if what != "sound" else sum(x is not None and x >= SOUND for x in figures["logps"])
+    return wilson_interval(count, figures["asked"])
 
 
 def loops(answer: str) -> bool:
@@ -218,9 +222,11 @@ def beside_reference(
             batch = prepare(model, batch)
             hidden, targets, _ = completion_hidden(model, batch)
             policy = head_logits(model)(hidden).log_softmax(-1)
-            with adapters_disabled(model) if adapted else nullcontext():
-                hidden, _, _ = completion_hidden(model, batch)
-            kept = head_logits(model)(hidden).log_softmax(-1)
+            kept = policy
+            if adapted:
+                with adapters_disabled(model):
+                    hidden, _, _ = completion_hidden(model, batch)
+                kept = head_logits(model)(hidden).log_softmax(-1)
             drift = (policy.exp() * (policy - kept)).sum(-1)
             of_target = kept.gather(1, targets[:, None])[:, 0]
             parts = (x.split(batch.counts.tolist()) for x in (of_target, drift))
