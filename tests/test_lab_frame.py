@@ -145,7 +145,7 @@ def test_an_input_that_changed_is_named():
 
 class Holder:
     def __call__(self, x, reference):
-        return right(x, reference).reshape(7)
+        return right(x, reference).view(7)
 
 
 def test_an_exception_is_shown_as_the_learners_own_with_their_line():
@@ -158,7 +158,7 @@ def test_an_exception_is_shown_as_the_learners_own_with_their_line():
         check_double,
         (r"your code raised KeyError: 'loss' \(line \d+ of test_lab_frame.py: `return \{\}\[.loss.\]`\)",
          lambda x, reference: __import__("test_lab_frame").missing_key()),
-        (r"your code raised RuntimeError: .*`return right\(x, reference\).reshape\(7\)`\)", Holder()),
+        (r"your code raised RuntimeError: .*`return right\(x, reference\).view\(7\)`\)", Holder()),
         (r"your function cannot be called as the text says: .*takes 1 positional argument", lambda x: x),
         ("your function cannot be called as the text says: 'NoneType' object is not callable", None),
     )  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_lost_gradient_is_diagnosed_with_the_line_that_may_cut_it():
     refuses(
         check_double,
         ("carries no gradient, so nothing would train; line 2 of yours, `y = x.detach\\(\\)`, may", detached),
-        ("is ndarray: the value is right, but .* no gradient", lambda x, r: (2 * x - r).detach().numpy()),
+        ("is ndarray: its value is right, but it has no gradient", lambda x, r: (2 * x - r).detach().numpy()),
         ("the gradient of .* with respect to x is off by .*: it is 0.5 times that", half),
         ("a gradient reaches reference from .* is a constant: detach it", lambda x, r: 2 * x - r),
         ("no gradient reaches x", lambda x, r: 2 * x.detach() - r),

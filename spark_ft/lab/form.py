@@ -28,7 +28,6 @@ SECTIONS = [
 CELL_LINES, LINE_WIDTH, CODE_LINES, WORDS = 20, 100, 250, 2_000
 FIRST_CELL, BUG_HUNT, BETWEEN, LEARNERS = 10, 8, 60, (25, 45)
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 15
-MESSAGE = 220  # characters of a check's message: two lines of a notebook
 
 REGION = re.compile(rf"^[^\n]*{BEGIN}.*?{END}[^\n]*$", re.M | re.S)
 STATED = re.compile(r"^\*\*Time\*\*: about (\d+) minutes", re.M)

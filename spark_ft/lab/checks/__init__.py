@@ -206,8 +206,8 @@ def require_gradient(
     lost = f"{told.cut(_ANSWERS.get())}"
     require(
         isinstance(output, Tensor),
-        f"{what} is {type(output).__name__}: the value is right, but numbers and arrays carry no gradient, "
-        f"so nothing would train; compute it with torch{lost}",
+        f"{what} is {type(output).__name__}: its value is right, but it has no gradient, so nothing would "
+        f"train; stay in torch{lost}",
     )
     require(output.requires_grad, f"{what} carries no gradient, so nothing would train{lost}")
     slope = torch.randn_like(expected)
@@ -282,9 +282,9 @@ def call(
     except NotImplementedError as error:
         if is_stub(error):
             raise
-        raise CheckFailed(f"{what}: {_exception(error, answer, mends)}") from error
+        raise CheckFailed(_exception(error, answer, what, mends)) from error
     except Exception as error:
-        raise CheckFailed(f"{what}: {_exception(error, answer, mends)}") from error
+        raise CheckFailed(_exception(error, answer, what, mends)) from error
     finally:
         left = kept.left()
         kept.restore()
@@ -307,6 +307,7 @@ def _named(answer: Callable, arguments: tuple, keywords: dict[str, Any]) -> dict
     return dict(bound)
 
 
-def _exception(error: Exception, answer: Callable, mends: Mapping[str, str] | None) -> str:
+def _exception(error: Exception, answer: Callable, what: str, mends: Mapping[str, str] | None) -> str:
     mend = next((f"; {mend}" for word, mend in (mends or {}).items() if word in str(error)), "")
-    return told.exception(error, [*_ANSWERS.get(), answer]) + mend
+    room = told.MESSAGE - len(f"{what}: {mend}")
+    return f"{what}: {told.exception(error, [*_ANSWERS.get(), answer], room)}{mend}"

@@ -14,23 +14,27 @@ from torch import Tensor, nn
 
 from spark_ft.lab.checks.kept import answers_globals
 
+MESSAGE = 220  # characters: two lines of a notebook
 CUTS = re.compile(r"\.detach\(|\.data\b|\.item\(|\.tolist\(|\.numpy\(|no_grad|inference_mode|torch\.tensor\("
                   r"|\bfloat\(|\bnp\.|\bmath\.|requires_grad_\(False")  # fmt: skip
 
 
-def exception(error: Exception, answers: Iterable[Any]) -> str:
-    """An exception in one line: as the learner's, with their line, where one of their lines raised it."""
-    answers = list(answers)
-    kind, whole = type(error).__name__, str(error).split("\n")[0]
-    first = _short(
-        re.sub(r"^[\w.<>]*\.(?=[\w<>]+\(\))", "", whole), 110
-    )  # a function's name without its home
-    named = f"{kind}: {first}" if first else kind
+def exception(error: Exception, answers: Iterable[Any], room: int = MESSAGE) -> str:
+    """An exception in one line: as the learner's, with their line, where one of their lines raised it.
+
+    Args:
+        room: how long it may be; the exception's own words are cut first, then the line of code.
+    """
+    answers, kind = list(answers), type(error).__name__
+    words = str(error).split("\n")[0]
+    words = re.sub(r"^[\w.<>]*\.(?=[\w<>]+\(\))", "", words)  # a function's name without its home
     if where := _their_line(error, answers):
-        return f"your code raised {named} ({where})"
-    if isinstance(error, TypeError) and re.search(r"argument|callable", whole):
-        return f"your function cannot be called as the text says: {first}"
-    return f"the check cannot use what your code gave ({named}): compare its type and shape with the text"
+        said, after = f"your code raised {kind}: ", f" ({where})"
+    elif isinstance(error, TypeError) and re.search(r"argument|callable", words):
+        said, after = "your function cannot be called as the text says: ", ""
+    else:
+        said, after = f"the check cannot use what your code gave ({kind}: ", "): compare it with the text"
+    return said + _short(words, max(30, room - len(said) - len(after))) + after
 
 
 def _their_line(error: Exception, answers: list[Any]) -> str | None:
@@ -46,7 +50,7 @@ def _their_line(error: Exception, answers: list[Any]) -> str | None:
     frame, number = frames[-1]
     file = frame.f_code.co_filename
     code = linecache.getline(file, number, frame.f_globals).strip()
-    return f"line {number} of {_file(file)}" + (f": `{_short(code, 70)}`" if code else "")
+    return f"line {number} of {_file(file)}" + (f": `{_short(code, 50)}`" if code else "")
 
 
 def _file(name: str) -> str:
