@@ -249,3 +249,31 @@ def trained_layer(kind, out=24, inp=16, rank=4, dtype=torch.float32, bias=True, 
         if hasattr(layer, "magnitude"):
             layer.magnitude.mul_(0.5 + torch.rand(out))
     return layer
+
+
+def _random_tokens(lengths, generator, left, vocab):
+    """(ids, mask) of rows of these lengths, padded with random ids, so that reading the padding shows."""
+    width, n = max(lengths), torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, vocab, (len(lengths), width), generator=generator)
+    place = torch.arange(width).expand_as(ids)
+    return ids, ((place >= width - n) if left else (place < n)).long()
+
+
+def pair_batch(prompts=(5, 9, 6), chosen=(1, 4, 7), rejected=(5, 3, 1), shared=3, seed=0, vocab=96):
+    """Random preference pairs of these lengths, as `collate_preferences` makes them; prompts begin alike."""
+    g, batch = torch.Generator().manual_seed(seed), {}
+    for name, lengths in (("prompt", prompts), ("chosen", chosen), ("rejected", rejected)):
+        batch[f"{name}_ids"], batch[f"{name}_mask"] = _random_tokens(lengths, g, name == "prompt", vocab)
+    for row, length in zip(batch["prompt_ids"], prompts, strict=True):
+        row[len(row) - length :][:shared] = torch.arange(7, 7 + min(shared, length))
+    return {**batch, "row": torch.arange(len(prompts))}
+
+
+def thumb_batch(prompts=(5, 9, 6, 5), answers=(1, 4, 7, 2), up=(1, 0, 1, 1), **settings):
+    """Random thumbs of these lengths, as `collate_feedback` makes them."""
+    batch = pair_batch(prompts, answers, answers, **settings)
+    for name in ("ids", "mask"):
+        batch[f"completion_{name}"] = batch.pop(f"chosen_{name}")
+        batch[f"mismatched_{name}"] = batch[f"completion_{name}"].roll(1, 0)
+        del batch[f"rejected_{name}"]
+    return {**batch, "desirable": torch.tensor(up) > 0}
