@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +166,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             elif isinstance(module, NF4Experts):
                 module.dequantize_(torch.bfloat16)
         model.to(torch.bfloat16)
+        model.dequantized = True  # so that an export can say what that cost
     for gone in ("adapter_config", "named_adapters"):
         vars(model).pop(gone, None)
     return model
@@ -282,6 +283,32 @@ def _put_on(model: nn.Module, adapter: _Adapter | None) -> nn.Module:
 
 
 def _load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    config, by_layer = read_adapter(model, folder)
+    if not adapted_layers(model):
+        _adapt(model, {name: model.get_submodule(name) for name in by_layer}, config)
+    for name, layer in adapted_layers(model).items():
+        fill(layer, by_layer[name])
+    return model
+
+
+@torch.no_grad()
+def fill(layer: LoRALinear, parts: dict[str, Tensor]) -> None:
+    """Copy an adapter's tensors, by `read_adapter`'s names for them, into a layer."""
+    for key, parameter in _adapter_tensors(layer).items():
+        parameter.copy_(parts[key.removesuffix(".weight")])
+
+
+def read_adapter(
+    model: nn.Module, folder: str | os.PathLike, original: Callable[[str], Tensor] | None = None
+) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
+    """What an adapter folder holds, checked against a model; raises what `load_adapters` raises.
+
+    Args:
+        original: gives a weight of the model by its name, where `model` has shapes and no numbers.
+
+    Returns:
+        its config, and for each layer its tensors "lora_A", "lora_B" and DoRA's "lora_magnitude_vector".
+    """
     config_file, file = (Path(folder) / name for name in _FILES)
     for path in (config_file, file):
         if not path.is_file():
@@ -301,20 +328,14 @@ def _load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             why = f"a start that changes the base too, so that the folder is half of the adapter; {_MERGED}"
         harmless = name in _FREE or value in _HARMLESS.get(name, _EMPTY)
         _require(harmless, f'{config_file}: "{name}" is {value!r}, {why}')
-    by_layer, method = _by_layer(model, tensors, file), "dora" if fields.get("use_dora") else "lora"
+    by_layer, method = _by_layer(model, tensors, file, original), "dora" if fields.get("use_dora") else "lora"
     numbers = fields.get("r"), fields.get("lora_alpha"), fields.get("lora_dropout") or 0.0
     try:
         config = AdapterConfig(method, *numbers, tuple(sorted(by_layer)), bool(fields.get("use_rslora")))
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}; save the adapter again") from error
     _check_fit(model, by_layer, config, file)
-    if not adapted_layers(model):
-        _adapt(model, {name: model.get_submodule(name) for name in by_layer}, config)
-    for name, layer in adapted_layers(model).items():
-        with torch.no_grad():
-            for key, parameter in _adapter_tensors(layer).items():
-                parameter.copy_(by_layer[name][key.removesuffix(".weight")])
-    return model
+    return config, by_layer
 
 
 def _require(true: object, message: str) -> None:
@@ -466,7 +487,9 @@ def _used_without_a_call(model: nn.Module, bases: dict[str, nn.Module]) -> dict[
 # ── what a folder holds ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _by_layer(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+def _by_layer(
+    model: nn.Module, tensors: dict[str, Tensor], file: Path, original: Callable[[str], Tensor] | None
+) -> dict[str, dict[str, Tensor]]:
     """Each layer's tensors by part, "lora_A" and so on."""
     modules, by_layer = _modules(model), {}
     for key, tensor in tensors.items():
@@ -483,6 +506,7 @@ def _by_layer(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> dict[
             own = getattr(modules.get(name), part, None)
             why = "which this model does not have; it is an adapter of another model"
             _require(isinstance(own, Tensor), f'{file}: holds "{key}", {why}')
+            own = original(f"{name}.{part}") if original else own
             own, why = own.detach().cpu(), "unlike this model's own; if it was trained or resized"
             same = torch.equal(own, tensor.to(own.dtype)) or torch.equal(own.to(tensor.dtype), tensor)
             _require(same, f'{file}: holds "{key}", {why}, {_MERGED}')

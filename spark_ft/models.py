@@ -143,6 +143,36 @@ def _source(name: str | os.PathLike | None) -> tuple[str, str]:
 _TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that `_require_all` can say it
 
 
+@dataclass(frozen=True)
+class ModelOnDisk:
+    """A model that is found and not read: its folder or hub id, the name for it, its config and its tensors.
+
+    `stored` is how the checkpoint is quantized, or None.
+    """
+
+    source: str
+    title: str
+    config: object
+    stored: str | None
+    tensors: dict[str, "TensorOnDisk"]
+
+
+def open_model(name: str | os.PathLike | None = None) -> ModelOnDisk:
+    """Find a model as `load_model` does, with the same errors, and read none of its weights yet."""
+    if name == EMBEDDED_HUB_ID != os.environ.get("SPARK_FT_MODEL"):
+        name = EMBEDDED  # which models and adapters made with it call by that id
+    source, title = _source(name)
+    if not Path(source).is_dir():
+        preflight(source)
+    try:
+        config, stored = _config(source)
+        return ModelOnDisk(source, title, config, stored, _open(source))
+    except SafetensorError as error:
+        raise OSError(f"{source}: its weights are damaged ({error}); download or save it again") from error
+    except (OSError, ImportError) as error:
+        raise OSError(_unreadable(source, error)) from error
+
+
 @no_progress_bar()
 def _load_whole(source: str | os.PathLike, dtype: torch.dtype, device: str):
     from transformers import AutoModelForCausalLM
@@ -246,14 +276,8 @@ def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     quantizer, failed = _nf4_quantizer(set(nf4_names(empty)))
-    files = [(path, safe_open(path, "pt", backend="pread")) for path in _weight_files(source)]
-    tensors = {
-        key: _OnDisk(path, file.get_slice(key))
-        for path, file in files
-        for key in file.keys()  # noqa: SIM118
-    }
     model, told = type(empty).from_pretrained(
-        None, config=empty.config, state_dict=tensors, dtype=dtype, device_map={"": device},
+        None, config=empty.config, state_dict=_open(source), dtype=dtype, device_map={"": device},
         quantization_config=quantizer, **_TELL,
     )  # fmt: skip
     for name, error in failed.items():
@@ -264,11 +288,16 @@ def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
     return model.requires_grad_(False)
 
 
-class _OnDisk:
-    """A tensor that is read, not mapped, when transformers slices it; nothing stays in the page cache."""
+def _open(source: str | os.PathLike) -> dict[str, "TensorOnDisk"]:
+    files = [(path, safe_open(path, "pt", backend="pread")) for path in _weight_files(source)]
+    return {key: TensorOnDisk(path, file.get_slice(key)) for path, file in files for key in file.keys()}  # noqa: SIM118
+
+
+class TensorOnDisk:
+    """A tensor that is read, not mapped, when it is sliced; nothing stays in the page cache."""
 
     def __init__(self, path: str, tensor):
-        self.path, self.tensor = path, tensor
+        self.path, self.tensor, self.shape = path, tensor, torch.Size(tensor.get_shape())
 
     def __getitem__(self, index) -> Tensor:
         tensor = self.tensor[index]

@@ -1,0 +1,1 @@
+"""Out of the notebook: merged weights as safetensors or GGUF, a check, a real server, and Ollama."""
