@@ -35,7 +35,7 @@ from spark_ft.training import History, Loss, TrainConfig, cosine, train
 
 PAIRS = tuple(f"data/kitchen_preferences/{split}.jsonl" for split in ("train", "test"))
 START = {"steps": 16, "learning_rate": 1e-3, "batch_size": 8, "warmup_steps": 4}
-RUN = {"steps": 24, "learning_rate": 1.5e-4, "batch_size": 4, "warmup_steps": 4}
+RUN = {"steps": 16, "learning_rate": 1.5e-4, "batch_size": 4, "warmup_steps": 4}
 VALIDATION_CORES = 20  # of the 100 in train.jsonl: nothing is trained on them, and settings are tuned on them
 MAX_NEW_TOKENS = 64
 SOUND = -2.0  # TO BE MEASURED
