@@ -68,8 +68,12 @@ def _data(arguments: list[str]) -> int:
         held_out = options.held_out and own_rows(options.held_out)
         tokenizer = load_tokenizer(options.model)
         rows = rows.rendered(tokenizer).cleaned(held_out, options.keep)
-        print(f"{rows}\n\n{rows.samples(tokenizer)}\n", flush=True)
-        rows.write(out)
+        report = f"{rows}\n\n{rows.samples(tokenizer)}\n"
+        if rows.records:
+            rows.write(out)  # first: `spark-ft data FILE | head` ends here
+        print(report, flush=True)
+        if not rows.records:
+            raise ValueError("no row is left to write; mend what is named above")
     except ValueError as error:
         print(f"spark-ft data: {error}", file=sys.stderr)
         return 1
@@ -150,6 +154,62 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="spark-ft export",
+        description="Merge an adapter into its base's original weights and write one file, or a folder.",
+    )
+    add = parser.add_argument
+    add("path", type=Path, help="NAME.gguf for llama.cpp and Ollama; any other name is a transformers folder")
+    add("--model", metavar="NAME", help="the base: a folder or hub id (default: the embedded model)")
+    add("--adapter", type=Path, metavar="FOLDER", help="in PEFT's format; without it the base is exported")
+    add("--dtype", help="f16, bf16, q8_0, q5_0, q4_0, q4_1 (default f16); f32, f16, bf16 for a folder")
+    add("--alone", action="store_true", help="write the LoRA adapter alone, as GGUF")
+    add("--modelfile", action="store_true", help="write Ollama's Modelfile beside it")
+    add("--no-verify", action="store_true", help="skip asking llama.cpp and the model the same 20 questions")
+    options = parser.parse_args(arguments)
+    whole = options.path.suffix == ".gguf" and not options.alone
+    if options.alone and not (options.adapter and options.path.suffix == ".gguf"):
+        parser.error("--alone writes the adapter of --adapter FOLDER into NAME.gguf")
+    if options.modelfile and not whole:
+        parser.error("--modelfile needs a whole model in NAME.gguf")
+    try:
+        return _exported(options, whole)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"spark-ft export: {error}", file=sys.stderr)
+        return 1
+
+
+def _exported(options: argparse.Namespace, whole: bool) -> int:
+    from spark_ft import adapters, export_adapter, export_gguf, export_safetensors, models
+    from spark_ft.export.ollama import commands, write_modelfile
+    from spark_ft.export.verify import verify_gguf
+
+    base = options.model, options.adapter
+    if options.alone:
+        export_adapter(*base, options.path)
+    elif whole:
+        export_gguf(*base, options.path, options.dtype or "f16", progress=True)
+    else:
+        export_safetensors(*base, options.path, options.dtype, progress=True)
+    print(f"{options.path} is written", flush=True)
+    if not whole or (options.no_verify and not options.modelfile):
+        return 0
+    if options.modelfile:
+        tokenizer = models.load_tokenizer(options.model)
+        print(commands(options.path.stem, write_modelfile(options.path, tokenizer)), flush=True)
+    if options.no_verify:
+        return 0
+    import torch
+
+    model, tokenizer = models.load_model(options.model, dtype=torch.float32)
+    if options.adapter:
+        adapters.load_adapters(model, options.adapter)
+    found = verify_gguf(options.path, model, tokenizer)
+    print(found)
+    return 0 if found.ok else 1
+
+
 def _labs(arguments: list[str]) -> int:
     from spark_ft.lab.run import main  # `make labs` runs it as a module, so that it has its own parser
 
@@ -162,6 +222,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "data": (_data, "check rows of your own, show what a template makes of them, write a clean file"),
     "parity": (_parity, "compare loss and gradient with PEFT, TRL and bitsandbytes; nothing is timed"),
     "bench": (_bench, "measure training steps side by side with PEFT and TRL, after checking their equality"),
+    "export": (_export, "write a tuned model as GGUF or safetensors, and let llama.cpp check it"),
     "labs": (_labs, "execute the labs headless and print a closing table"),
 }
 

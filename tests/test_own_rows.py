@@ -285,3 +285,9 @@ def test_the_command_says_what_it_found_and_writes_a_clean_file_nothing_lost_in_
     assert cli(["data", "no.csv"]) == 1
     assert "spark-ft data: no.csv: no such file" in capsys.readouterr().err
     assert json.loads(held.read_text())
+    lone = save(tmp_path / "lone.jsonl", b'{"prompt": "Hi"}')
+    assert cli(["data", str(lone)]) == 1
+    told = capsys.readouterr()
+    assert f'{lone}, row 1: "prompt" has no answer beside it' in told.out
+    assert "no row is left to write" in told.err
+    assert not (tmp_path / "lone.clean.jsonl").exists()

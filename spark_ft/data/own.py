@@ -107,8 +107,6 @@ class OwnRows:
         """Write the rows as JSONL, for `read_records(path, rows.kind)`; never over the file that was read."""
         if path.resolve() == self.path.resolve():
             raise ValueError(f"{path} is the file that was read; write to another one")
-        if not self.records:
-            raise ValueError(f"{self.path}: no row is left to write; mend what is named above")
         write_records(path, self.records)
 
     def __str__(self) -> str:

@@ -98,10 +98,10 @@ def _array(path: Path, text: str, is_row: Callable[[dict], object]) -> list[Any]
         raise ValueError(f"{path}: JSON that cannot be read ({error}); write an object per line") from error
     if isinstance(value, dict) and not is_row(value):
         lists = [name for name, rows in value.items() if isinstance(rows, list)]
-        if len(lists) != 1:
-            said = ", ".join(f'"{name}"' for name in lists) or "no list"
-            raise ValueError(f"{path}: one object with {said}; write the rows of one list as a JSON array")
-        return value[lists[0]]
+        if len(lists) > 1:
+            said = ", ".join(f'"{name}"' for name in lists)
+            raise ValueError(f"{path}: one object with {said}; write the rows of one of them as a JSON array")
+        value = value[lists[0]] if lists else value
     return value if isinstance(value, list) else [value]
 
 
