@@ -1,4 +1,4 @@
-"""The command `spark-ft doctor | plan | parity | bench | labs`, and its parsers; imports come late."""
+"""The command `spark-ft doctor | plan | data | parity | bench | export | labs`; imports come late."""
 
 import argparse
 import json

@@ -150,6 +150,15 @@ def write_modelfile(
     return path
 
 
+def commands(name: str, modelfile: Path) -> str:
+    """What to type on a machine with Ollama, where this one has none."""
+    return "\n".join([
+        f"cd {modelfile.parent}",
+        f"ollama create {name} -f {modelfile.name}",
+        f'ollama run {name} "your question"',
+    ])  # fmt: skip
+
+
 # ── its API ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
