@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from spark_ft.lab.checks import CheckFailed
 from spark_ft.lab.checks import lab_3_1_8 as checks
+from spark_ft.lab.checks.told import MESSAGE
 from spark_ft.methods import preference
 
 # ── wrong answers that can be made of every right one ───────────────────────────────────────────────────────
@@ -157,6 +158,7 @@ def diagnosed(check, rows):
             accepted.append(f"{kind} {number} (“{pattern}”)")
         except CheckFailed as failure:
             said = str(failure)
+            assert len(said) <= MESSAGE, f"{len(said)} characters: {said}"
             if re.search(pattern, said, re.S):
                 continue
         missed.append(f"{kind} {number}: expected “{pattern}”, but: {said}")
