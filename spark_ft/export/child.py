@@ -12,6 +12,7 @@ def main() -> None:
     settings, params = json.loads(sys.stdin.readline()), xllamacpp.CommonParams()
     params.model.path, params.model_alias = settings["model"], {"spark_ft"}
     params.port, params.hostnames = 0, ["127.0.0.1"]  # a free port, and nobody else's machine
+    params.cors_origins = "http://127.0.0.1"  # by itself it lets any page in the browser ask and read
     params.n_ctx, params.n_parallel, params.cache_ram_mib, params.ui = settings["context"], 1, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     # llama.cpp adds up all adapters at their scale, so each starts at 0 and a request asks for one

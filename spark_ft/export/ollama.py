@@ -14,7 +14,7 @@ from spark_ft.export.server import Chat
 from spark_ft.files import write_atomically
 
 PARAMETERS = {"temperature": 0, "num_ctx": 4096}  # Ollama's own are 0.8 and, on small machines, 2048 or 4096
-_S, _U, _A, _V = "SYSTEM-TEXT", "USER-TEXT", "ASSISTANT-TEXT", "NEXT-TEXT"
+_S, _U, _A, _V = "its System Text", "the user's Text", "an Answer", "a Next turn"
 
 
 @dataclass(frozen=True)

@@ -213,9 +213,12 @@ def serve(
         ImportError: xllamacpp, which brings llama.cpp, is not installed.
         RuntimeError: llama.cpp does not start; its last words.
     """
-    model, adapters = _require_kind(path, "model"), dict(adapters or {})
+    model, adapters = _require_kind(path, "a model"), dict(adapters or {})
     for name, file in adapters.items():
-        base, own = model.get("general.architecture"), _require_kind(file, "adapter")["general.architecture"]
+        base, own = (
+            model.get("general.architecture"),
+            _require_kind(file, "an adapter")["general.architecture"],
+        )
         if own != base:
             raise ValueError(f'{file}: the adapter "{name}" is for a {own} model, and {path} is a {base}')
     if find_spec("xllamacpp") is None:
@@ -253,8 +256,8 @@ def _address(child: subprocess.Popen, settings: dict, log, path: str | os.PathLi
     child.wait()
     log.seek(0)
     words = log.read().decode("utf-8", "replace").strip().splitlines()
-    told = [line for line in words if "error" in line.lower() or "failed" in line.lower()] or words
-    raise RuntimeError(f"llama.cpp does not start with {path}: " + " | ".join(told[-3:]))
+    told = [line.split(" E ", 1)[1] for line in words if " E " in line] or ["it says nothing"]
+    raise RuntimeError(f"llama.cpp does not start with {path}: " + " ".join(told[0].split()))
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -272,7 +275,7 @@ def _require_kind(path: str | os.PathLike, kind: str) -> dict:
     """The fields of a file that is a model, or an adapter; llama.cpp's own errors are all alike."""
     fields = read_gguf(path).fields
     found = fields.get("general.type", "model")
-    if found != kind:
+    if found != kind.split()[1]:
         mend = "serve(model.gguf, {name: adapter.gguf})"
-        raise ValueError(f'{path}: a GGUF file of type "{found}" where a {kind} belongs: {mend}')
+        raise ValueError(f'{path}: a GGUF file of type "{found}" where {kind} belongs: {mend}')
     return fields
