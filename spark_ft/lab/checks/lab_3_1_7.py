@@ -118,7 +118,7 @@ def check_summed_logps(answer: Callable[[Tensor, Tensor], Logps]) -> str:
     with torch.no_grad():
         logits[0, 2, labels[0, 3]] -= 300
     what = "the result where a token has probability e⁻³⁰⁰"
-    out = require_tensor_or_nan(_asked(answer, what, logits, labels), what, (1,))
+    out = _tensor_or_nan(_asked(answer, what, logits, labels), what, (1,))
     finite = torch.isfinite(out).all()
     require(
         finite, f"{what} is {out.tolist()[0]}: softmax rounds it to 0, and log 0 is −inf; use log_softmax"
@@ -127,7 +127,7 @@ def check_summed_logps(answer: Callable[[Tensor, Tensor], Logps]) -> str:
     return "sums of log p over completion tokens only, shifted by one, safe where a token is very unlikely"
 
 
-def require_tensor_or_nan(value, what: str, shape: tuple[int, ...]) -> Tensor:
+def _tensor_or_nan(value, what: str, shape: tuple[int, ...]) -> Tensor:
     """As `require_tensor`, for a result whose nan or inf the caller explains."""
     if isinstance(value, Tensor) and value.shape == shape and not torch.isfinite(value).all():
         return value.detach()
@@ -213,7 +213,7 @@ def check_dpo_loss(answer: Callable[..., Logps]) -> str:
     chosen = torch.tensor([1e4, -1e4], requires_grad=True)
     rejected, zero = torch.zeros(2, requires_grad=True), torch.zeros(2)
     what = "the loss at margins of ±10,000"
-    out = require_tensor_or_nan(given := _asked(answer, what, chosen, rejected, zero, zero), what, (2,))
+    out = _tensor_or_nan(given := _asked(answer, what, chosen, rejected, zero, zero), what, (2,))
     require(
         torch.isfinite(out).all(),
         f"{what} is {out.tolist()}: the sigmoid rounds to 0, and log 0 is −inf; use F.logsigmoid",
@@ -326,7 +326,7 @@ def _tie(logps: list[Tensor]) -> Tensor:
 # ── exercises 4 and 5 ──
 
 
-def tiny_policy(dropout: float = 0.0) -> nn.Module:
+def _policy(dropout: float = 0.0) -> nn.Module:
     """A Llama of two layers whose LoRA has moved; a base with dropout in its attention, if asked."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -376,7 +376,7 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Logps
     """The base's log-probabilities of a model that trains with dropout and noise; all is put back."""
     from transformers.integrations.neftune import activate_neftune
 
-    model = tiny_policy(dropout=0.4)
+    model = _policy(dropout=0.4)
     batch = with_prompt(_pair_batch(3), "chosen")
     with torch.no_grad():
         policy, clean = _logps_alone(model, batch), _logps_alone(model, batch, adapted=False)
@@ -420,9 +420,9 @@ def check_reference_logps(answer: Callable[[nn.Module, dict[str, Tensor]], Logps
 def check_pair_loss(answer: Loss) -> str:
     """(Σ loss, pairs) of a batch of pairs, value and gradient, before training and in the middle of it."""
     for pairs in (3, 1):
-        model, batch = tiny_policy(), _pair_batch(pairs)
+        model, batch = _policy(), _pair_batch(pairs)
         _check_pairs(answer, model, batch, f"the loss of {pairs} pair{'s' * (pairs > 1)}")
-    model, batch = tiny_policy(), _pair_batch(4)
+    model, batch = _policy(), _pair_batch(4)
     for layer in adapted_layers(model).values():
         nn.init.zeros_(layer.lora_B)
     _check_pairs(answer, model, batch, "the loss before training (4 · log 2)")

@@ -1,6 +1,6 @@
 """Lab 3.1.7: DPO from the SFT start, on shuffled labels, at several β; and a rate that fools the judge."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from spark_ft.lab.experiments.preferences import (
     PAIRS,
     RUN,
     START,
+    START_SEED,
     beside_reference,
     either_answer,
     judged,
@@ -33,7 +34,7 @@ from spark_ft.scoring import sequence_logps
 from spark_ft.training import History
 
 SETTINGS = {
-    "start": START,
+    "start": {**START, "seed": START_SEED},
     **RUN,
     "beta": 0.1,
     "other betas": [1.0, 5.0],
@@ -42,6 +43,7 @@ SETTINGS = {
 }
 SHARED = [pairs, questions, either_answer, sft_start, prefer, judged, beside_reference, loops, tune]
 SHARED += [is_metric, dpo_loss]
+KEPT = ReferenceLogps()  # all runs here have one reference
 
 
 def tune_dpo(
@@ -51,12 +53,11 @@ def tune_dpo(
     learning_rate: float = SETTINGS["learning_rate"],
     shuffled: bool = False,
     loss: Any = dpo_loss,
-    kept: ReferenceLogps | None = None,
     first: int | None = None,
 ) -> tuple[nn.Module, History]:
-    """The seed's SFT start trained on the pairs; `kept` shares the reference's numbers between runs."""
+    """The SFT start trained on the pairs; the reference's numbers are kept for the runs after it."""
     rows = with_shuffled_labels(pairs("train"), seed) if shuffled else pairs("train")
-    step = preference_loss(partial(loss, beta=beta), reference=kept)
+    step = preference_loss(partial(loss, beta=beta), reference=KEPT)
     return prefer(rows, seed, step, learning_rate=learning_rate, first=first)
 
 
@@ -66,18 +67,24 @@ def followed(history: History) -> dict[str, list[float]]:
     return {name: [float(f"{value:.5g}") for value in values] for name, values in lists.items()}
 
 
+@cache
+def before() -> dict[str, Any]:
+    """What the start answers, the same for every seed."""
+    return judged(*sft_start(), questions("test"))
+
+
 @experiment(
     settings=SETTINGS,
     seeds=(0, 1, 2),
-    code=[*SHARED, tune_dpo, followed, with_shuffled_labels],
+    code=[*SHARED, before, tune_dpo, followed, with_shuffled_labels],
     data=PAIRS,
 )
 def dpo_kitchen(seed: int) -> dict:
     """What the start answers, and the same start after DPO on true and on shuffled labels."""
-    asked, kept = questions("test"), ReferenceLogps()
-    figures = {"before": judged(*sft_start(seed), asked)}
+    asked = questions("test")
+    figures = {"before": before()}
     for name, shuffled in (("DPO", False), ("shuffled labels", True)):
-        model, history = tune_dpo(seed, shuffled=shuffled, kept=kept)
+        model, history = tune_dpo(seed, shuffled=shuffled)
         figures[name] = {**followed(history), **judged(model, load_tokenizer(EMBEDDED), asked)}
         print(f"{name}, seed {seed}: {figures[name]['metric']} of {len(asked)} metric", flush=True)
     return figures
@@ -86,10 +93,10 @@ def dpo_kitchen(seed: int) -> dict:
 @experiment(settings=SETTINGS, seeds=(0, 1, 2), code=[*SHARED, tune_dpo, followed], data=PAIRS)
 def dpo_beta(seed: int) -> dict:
     """The same run at higher β, judged on the first questions; `dpo_kitchen` has β = 0.1."""
-    asked, kept = questions("test")[: SETTINGS["questions of the sweep"]], ReferenceLogps()
+    asked = questions("test")[: SETTINGS["questions of the sweep"]]
     figures = {}
     for beta in SETTINGS["other betas"]:
-        model, history = tune_dpo(seed, beta, kept=kept)
+        model, history = tune_dpo(seed, beta)
         figures[str(beta)] = {**followed(history), **judged(model, load_tokenizer(EMBEDDED), asked)}
         print(f"beta {beta}, seed {seed}: {figures[str(beta)]['kl']:.2f} nats per answer", flush=True)
     return figures

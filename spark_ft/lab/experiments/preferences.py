@@ -35,6 +35,9 @@ from spark_ft.training import History, Loss, TrainConfig, cosine, train
 
 PAIRS = tuple(f"data/kitchen_preferences/{split}.jsonl" for split in ("train", "test"))
 START = {"steps": 16, "learning_rate": 1e-3, "batch_size": 8, "warmup_steps": 4}
+# One start for all seeds, or their scores before would be most of what differs between them: 34 of 50 for
+# seed 0. This one answers 13 of 40 validation questions in metric units, which leaves room to learn.
+START_SEED = 100
 RUN = {"steps": 16, "learning_rate": 1.5e-4, "batch_size": 4, "warmup_steps": 4}
 VALIDATION_CORES = 20  # of the 100 in train.jsonl: nothing is trained on them, and settings are tuned on them
 MAX_NEW_TOKENS = 64
@@ -78,7 +81,7 @@ def either_answer(rows: Sequence[dict], seed: int) -> list[dict]:
     return [{"prompt": row["prompt"], "completion": row[rng.choice(("chosen", "rejected"))]} for row in rows]
 
 
-def sft_start(seed: int = 0) -> tuple[nn.Module, Any]:
+def sft_start(seed: int = START_SEED) -> tuple[nn.Module, Any]:
     """The embedded model after a short SFT on either answer, merged: where a run starts, and its reference.
 
     Without it the model rarely gives a quantity at all, and pairs that differ in units cannot teach that.
@@ -112,12 +115,12 @@ def prefer(
 
     Args:
         rows: preference rows, or feedback rows with `batches=feedback_batches`.
-        seed: draws the adapters' start and the order of the rows; also the start, where `model` is None.
+        seed: draws the adapters' start and the order of the rows.
         loss: for `train`: preference_loss(dpo_loss).
-        model: a model without adapters; default `sft_start(seed)`.
+        model: a model without adapters; default `sft_start()`.
         first: stop after this many steps of the run; its rates are the whole run's.
     """
-    start, tokenizer = (model, load_tokenizer(EMBEDDED)) if model is not None else sft_start(seed)
+    start, tokenizer = (model, load_tokenizer(EMBEDDED)) if model is not None else sft_start()
     torch.manual_seed(seed)
     add_adapters(start, ADAPTER)
     taken = first or steps

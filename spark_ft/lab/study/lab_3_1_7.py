@@ -225,7 +225,7 @@ def show_beta_sweep(kitchen: Measurement, sweep: Measurement) -> None:
 
 
 def show_speed(
-    model: nn.Module, batch: Batch, losses: Mapping[str, Callable], rounds: int = 3
+    model: nn.Module, batch: Batch, losses: Mapping[str, Callable], rounds: int = 2
 ) -> dict[str, float]:
     """Seconds of each loss's forward and backward on one batch, in turns; their gradients must be equal."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -276,6 +276,6 @@ def show_plans(names: Sequence[str] = ("Qwen3-8B", "Llama-3.3-70B"), length: int
     return peaks
 
 
-def first_steps(loss: Callable, kept: Any, steps: int) -> History:
-    """The first steps of the seed-0 run with another loss; the package's own with `dpo_loss`."""
-    return experiment.tune_dpo(0, loss=loss, kept=kept, first=steps)[1]
+def first_steps(loss: Callable, steps: int) -> History:
+    """The first steps of the seed-0 run with another loss."""
+    return experiment.tune_dpo(0, loss=loss, first=steps)[1]
