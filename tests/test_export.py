@@ -1,6 +1,7 @@
 """Exported files are the model: llama.cpp itself is the judge, on tiny models; each fault has its name."""
 
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -16,14 +17,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spark_ft import (
     AdapterConfig,
+    adapters_disabled,
     add_adapters,
+    exact_match,
     export_adapter,
     export_gguf,
     export_safetensors,
+    generate,
     load_adapters,
     load_model,
     merge_adapters,
+    perplexity,
     save_adapters,
+    serve,
     verify_gguf,
 )
 from spark_ft.adapters import adapted_layers
@@ -34,6 +40,7 @@ from spark_ft.export.reader import read_gguf
 from spark_ft.export.verify import PROMPTS, TEXTS
 from spark_ft.export.weights import Weights
 from spark_ft.files import ROOT
+from spark_ft.lab.kitchen import kitchen_adapter, tickets
 from spark_ft.models import load_tokenizer
 
 CHATML = (
@@ -457,3 +464,74 @@ def test_an_export_needs_one_tensor_over_nothing(tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT, check=True)
     assert float(said.stdout.split()[-1]) < 300  # measured: 221
+
+
+# --- the embedded model, tuned to write kitchen tickets -------------------------------------------
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory):
+    """Its adapter's folder, the model with it on, and the merged F16 file."""
+    folder, model = kitchen_adapter(), load_model()[0]
+    path = export_gguf(None, folder, tmp_path_factory.mktemp("kitchen") / "kitchen.gguf")
+    return folder, load_adapters(model, folder), path
+
+
+def orders(number):
+    return [row["prompt"] for row in tickets("test")[:number]]
+
+
+@pytest.mark.slow
+def test_the_tuned_model_is_its_file_and_so_is_its_adapter_on_the_base(kitchen, tmp_path):
+    folder, model, path = kitchen
+    questions = [*orders(10), *PROMPTS[:10]]
+    base = export_gguf(None, None, tmp_path / "base.gguf")
+    for file, alone in ((path, None), (base, export_adapter(None, folder, tmp_path / "alone.gguf"))):
+        said = verify_gguf(file, model, load_tokenizer(), prompts=questions, adapter=alone)
+        print(said)
+        assert said.ok, str(said)
+        assert said.greedy >= 19
+        assert said.mean <= 0.003
+        assert said.largest <= 0.05
+
+
+@pytest.mark.slow
+def test_a_dora_and_an_adapter_for_4_bits_are_their_files_merged_into_the_originals(tmp_path):
+    model, tokenizer = load_model()
+    folder = adapter(tmp_path / "dora", model, AdapterConfig("dora", rank=8), std=0.003)
+    in_4_bits = load_model(quantize="nf4")[0]
+    for base in (None, in_4_bits):
+        path = export_gguf(base, folder, tmp_path / "a.gguf")
+        said = verify_gguf(path, model, tokenizer, prompts=PROMPTS[:5], max_tokens=24)
+        print(said)
+        assert said.ok, str(said)
+
+
+@pytest.mark.slow
+def test_tickets_from_the_server_are_tickets_from_transformers(kitchen):
+    _, model, path = kitchen
+    ours = generate(model, load_tokenizer(), orders(40), max_new_tokens=64, batch_size=40)
+    with serve(path) as server:
+        theirs = [server.chat(order, max_tokens=64).text for order in orders(40)]
+    assert sum(exact_match(theirs, ours)) >= 38
+
+
+@pytest.mark.slow
+def test_q4_0_of_the_tuned_model_keeps_what_it_learned_and_q4_1_is_refused(kitchen, tmp_path):
+    folder, model, _ = kitchen
+    rows = tickets("validation")[:24]
+
+    def loss(model):
+        return math.log(perplexity(model, load_tokenizer(), rows))
+
+    tuned = loss(model)
+    with adapters_disabled(model):
+        base = loss(model)
+    file = read_gguf(export_gguf(None, folder, tmp_path / "a.gguf", "q4_0"))
+    plain = load_model()[0]
+    _, name_of = writing.names_in_gguf(plain.config, "")
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            p.copy_(writing.in_own_order(file.read(name_of(name)), name.rpartition(".")[0], plain.config))
+    kept = (base - loss(plain)) / (base - tuned)
+    print(f"held-out loss: base {base:.3f}, tuned {tuned:.4f}, kept in q4_0 {kept:.1%}")
+    assert kept >= 0.95
+    complains((export_gguf, (None, folder, tmp_path / "b.gguf", "q4_1"), "already lie on the grid of q4_1"))
