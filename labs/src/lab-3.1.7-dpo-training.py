@@ -39,6 +39,7 @@ from spark_ft import (
     with_prompt,
 )
 from spark_ft.data.judge import is_metric
+from spark_ft.embedded import EMBEDDED
 from spark_ft.evaluation import answers_and_ends
 from spark_ft.lab import headline, parity, yours
 from spark_ft.lab.checks import lab_3_1_7 as checks
@@ -54,7 +55,7 @@ from spark_ft.lab.study import lab_3_1_7 as study
 
 # %%
 model, history = lab_3_1_7.tune_dpo(seed=0)
-tokenizer, asked = load_tokenizer(), questions("test")
+tokenizer, asked = load_tokenizer(EMBEDDED), questions("test")
 stored = load("dpo_kitchen")
 answers = [text for text, _ in answers_and_ends(model, tokenizer, asked[:4], 64)]
 study.show_answers(asked, stored.figures(0)["before"]["answers"], answers)
