@@ -230,6 +230,7 @@ def _dora_as_lora() -> Side:
 # reference's log-probabilities once, before anything is timed.
 
 PAIRS, THUMBS = 4, 8
+ANSWERS = ("chosen", "rejected", "completion")
 
 
 def kitchen_rows(kind: str, count: int, joined: int = 1) -> list[dict]:
@@ -240,14 +241,11 @@ def kitchen_rows(kind: str, count: int, joined: int = 1) -> list[dict]:
         up, down = ([row for row in rows if row["label"] == label] for label in (True, False))
         rows = [row for both in zip(up[: len(down)], down, strict=True) for row in both]
     for i in range(count):
-        few = rows[i::count][:joined]
+        few = rows[joined * i : joined * (i + 1)]
         answers = {key: " ".join(row[key] for row in few[:2]) for key in few[0] if key in ANSWERS}
         label = {"label": few[0]["label"]} if "label" in few[0] else {}
         made.append({"prompt": " ".join(row["prompt"] for row in few), **answers, **label})
     return made
-
-
-ANSWERS = ("chosen", "rejected", "completion")
 
 
 def _sides(records: list[dict]) -> tuple[str, str]:
