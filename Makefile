@@ -1,5 +1,6 @@
 # make lab    JupyterLab on the first lab          make labs   every lab, headless, and a table of results
 # make test   every test, notebooks included       make test-fast   the tests without notebooks, two at a time
+# make kernel this environment as a kernel named "spark_ft", for a JupyterLab that runs already (a DGX Spark's dashboard)
 # Each sets itself up first, in .venv; a second run finds that done. Settings:
 #   PYTHON=python3.12       the Python to make .venv with, 3.11 or newer
 #   TORCH_INDEX=https://…   one extra package index, for PyTorch's own CPU or CUDA wheels (README's platform table)
@@ -13,13 +14,21 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: lab labs test test-fast build experiments bench clean lint
+.PHONY: lab kernel labs test test-fast build experiments bench clean lint
 .DELETE_ON_ERROR:
 
+# Here alone: no pop-up with news, no instructor's menus (labconfig/page_config.json), a bar on every long run.
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/spark_ft/lab/jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
+lab: export SPARK_FT_PROGRESS := 1
 lab: $(READY)
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
 	    --LabApp.default_url=/lab/tree/labs/lab-3.1.1-lora-theory.ipynb \
 	    --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
+
+kernel: $(READY)
+	@$(PY) -m ipykernel install --user --name spark_ft --display-name "Python (spark_ft)" \
+	    --env HF_HUB_DISABLE_TELEMETRY 1 --env DO_NOT_TRACK 1 --env SPARK_FT_PROGRESS 1 $(ARGS)
+	@echo 'Open a lab in the JupyterLab that runs already, and choose the kernel "Python (spark_ft)".'
 
 labs: $(READY)
 	@$(PY) -m spark_ft.lab.run $(ARGS)

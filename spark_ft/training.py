@@ -254,8 +254,13 @@ def _in_notebook() -> bool:
 
 
 def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, history: History) -> Iterator[int]:
-    """A bar where something redraws it, a line about every tenth of the way where the output is a log."""
-    if not (config.progress and accelerator.is_main_process):
+    """A bar where something redraws it, a line about every tenth of the way where the output is a log.
+
+    With SPARK_FT_PROGRESS=1, as `make lab` sets it, a run that asks for no bar gets one in a notebook too,
+    once it has taken five seconds.
+    """
+    late = not config.progress and os.environ.get("SPARK_FT_PROGRESS") == "1" and _in_notebook()
+    if not ((config.progress or late) and accelerator.is_main_process):
         yield from steps
     elif sys.stdout.isatty() or _in_notebook():
         bar = tqdm(
@@ -266,6 +271,7 @@ def _progress(steps: range, config: TrainConfig, accelerator: Accelerator, histo
             unit="step",
             ncols=80,
             mininterval=1.0,
+            delay=5.0 if late else 0.0,
         )
         for step in bar:
             yield step
@@ -368,6 +374,7 @@ def _resume(folder: Path, parameters, optimizer, config: TrainConfig, loss: Loss
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])
-    if kept := {key.removeprefix("loss."): x for key, x in tensors.items() if key.startswith("loss.")}:
+    kept = {key.removeprefix("loss."): x for key, x in tensors.items() if key.startswith("loss.")}
+    if kept and hasattr(loss, "keep"):
         loss.keep(kept)
     return History(**json.loads(header["history"]))
