@@ -10,6 +10,7 @@ from nbformat.v4 import new_output
 
 from spark_ft.lab import build
 from spark_ft.lab.build import BEGIN, END, BuildError, learners, read_source, without_tag
+from spark_ft.lab.form import tagged
 from spark_ft.lab.run import headline_of
 
 LAB = '''# %% [markdown]
@@ -288,6 +289,10 @@ def test_solved_are_executed_and_fit_to_publish_and_learners_have_no_outputs():
             "has fewer than two figures": len(images) < 2,
             "has a figure without alt text (draw with plots)": any(len(alt.split()) < 6 for alt in alts),
             "does not end with a headline": not headline_of(solved),
+            "has right answers that do not train (tag trains)": any(
+                not any(output.get("text", "").startswith("✓ your ") for output in solved.cells[i].outputs)
+                for i in tagged(solved, "trains")
+            ),
             "has outputs for learners": any(c.outputs or c.execution_count is not None for c in unsolved),
         }
         wrong += [f"{name} {fault}" for fault, is_so in found.items() if is_so]

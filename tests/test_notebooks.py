@@ -10,6 +10,7 @@ from nbmake.nb_run import NotebookRun
 
 from spark_ft.lab import build
 from spark_ft.lab.build import BEGIN, LABS, learners, read_source, without_tag
+from spark_ft.lab.form import tagged
 from spark_ft.lab.run import headline_of
 
 pytestmark = pytest.mark.notebooks
@@ -32,6 +33,11 @@ def printed(cell):
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
+def trained(notebook):
+    """What each cell says in which the learner's code trains; a lab of the new form has one or two."""
+    return [printed(notebook.cells[i]).lstrip() for i in tagged(notebook, "trains")]
+
+
 def stderr_of(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [output.text for output in outputs if output.get("name") == "stderr"]
@@ -49,6 +55,8 @@ def test_solved_notebook_runs_whole(name, tmp_path):
     notebook = executed(nbformat.read(LABS / "solutions" / f"{name}.ipynb", 4), tmp_path)
     assert headline_of(notebook)
     assert not stderr_of(notebook)
+    for said in trained(notebook):
+        assert said.startswith("✓ your "), f"the right answers do not train as the package does: {said}"
 
 
 @pytest.mark.timeout(2 * SECONDS)
@@ -57,11 +65,15 @@ def test_learners_notebook_runs_unsolved(name, tmp_path):
     unsolved = without_tag(nbformat.read(LABS / f"{name}.ipynb", 4), "experiment")
     notebook = executed(unsolved, tmp_path)
     graded = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
-    checks = [cell for cell in graded if cell.cell_type == "code"]  # the others are questions answered in words
+    checks = [
+        cell for cell in graded if cell.cell_type == "code"
+    ]  # the others are questions answered in words
     assert checks
     passed = [cell.source for cell in checks if "not attempted yet" not in printed(cell)]
     assert not passed, "these pass although their exercises are not done"
     assert not stderr_of(notebook)
+    for said in trained(notebook):
+        assert said.startswith("not written yet – exercise "), f"nothing is written, and yet it says: {said}"
 
 
 LAB = """# %%
