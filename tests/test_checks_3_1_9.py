@@ -16,6 +16,8 @@ from spark_ft import adapters_disabled, kto_loss, sequence_logps, with_prompt
 from spark_ft.adapters import adapted_layers  # noqa: F401  wrong answers use it
 from spark_ft.lab.checks import CheckFailed
 from spark_ft.lab.checks import lab_3_1_9 as checks
+from spark_ft.lab.experiments import lab_3_1_9 as experiment
+from spark_ft.lab.study import lab_3_1_9 as study
 from spark_ft.scoring import completion_logps
 
 
@@ -887,3 +889,23 @@ def remembering():
 )
 def test_right_answers_pass_a_hundred_times(check, answers):
     accepts(check, *answers, times=100)
+
+
+def test_lopsided_thumbs_are_ten_up_and_every_down_of_the_file_and_flipped_ones_change_sides():
+    rows, drawn = experiment.thumbs(), experiment.lopsided(0)
+    assert [sum(row["label"] is up for row in drawn) for up in (True, False)] == [10, 100]
+    assert [row for row in drawn if not row["label"]] == [row for row in rows if not row["label"]]
+    assert drawn == experiment.lopsided(0) != experiment.lopsided(1)
+    assert (experiment.balanced(rows), experiment.balanced(drawn)) == ((1.0, 3.0), (10.0, 1.0))
+    turned = experiment.flipped(rows)
+    assert all(a["label"] is not b["label"] for a, b in zip(rows, turned, strict=True))
+    assert experiment.flipped(turned) == rows
+    assert experiment.balanced(turned) == (3.0, 1.0)
+
+
+def test_a_larger_batch_knows_its_mean_gain_better():
+    gains = torch.randn(60, generator=torch.Generator().manual_seed(0)).mul(3).add(0.5).tolist()
+    widths = [found.high - found.low for found, _ in (study.spread(gains, size) for size in (2, 8, 32))]
+    # 95% of the means lie within ±1.96 · 3/√B
+    assert widths == pytest.approx([2 * 1.96 * 3 / size**0.5 for size in (2, 8, 32)], rel=0.2)
+    assert study.spread([1.0, 2.0], 8)[1] == 0 < study.spread([-3.0, 2.0], 2)[1]

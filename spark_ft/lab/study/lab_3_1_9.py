@@ -1,5 +1,6 @@
 """What lab 3.1.9 shows: values of gains, flipped and lopsided thumbs, thumbs beside pairs, the KL's batch."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
@@ -92,7 +93,7 @@ def show_values(yours: Callable[[Tensor], Tensor], beta: float = 0.1) -> None:
 def spread(gains: Sequence[float], batch: int, draws: int = DRAWS) -> tuple[Estimate, float]:
     """The middle and the central 95% of a batch's mean gain, and how often the mean is below zero."""
     rng = random.Random(batch)
-    means = sorted(mean(rng.sample(gains, batch)) for _ in range(draws))
+    means = sorted(mean(rng.choices(gains, k=batch)) for _ in range(draws))
     below = sum(m < 0 for m in means) / draws
     return Estimate(mean(means), means[int(0.025 * draws)], means[int(0.975 * draws)]), below
 
@@ -109,7 +110,7 @@ def show_reference_points(stored: Measurement, batch: int, seed: int = 0) -> Non
         x="mismatched pairs in the batch",
         y="their mean gain (nats)",
         caption=f"After training, seed {seed}: {len(gains)} mismatched pairs with mean {mean(gains):.2f}. "
-        f"Bars hold 95% of {DRAWS} batches drawn from them.",
+        f"Bars hold 95% of {DRAWS} batches drawn from them with replacement.",
     )
     for place, (size, point) in enumerate(found.items()):
         bars = [[point.value - point.low], [point.high - point.value]]
@@ -120,10 +121,10 @@ def show_reference_points(stored: Measurement, batch: int, seed: int = 0) -> Non
     ax.axhline(0, color=plots.INK, linewidth=0.8)
     said = "; ".join(f"{size}: {p.low:.1f} to {p.high:.1f}" for size, p in found.items())
     plots.show(fig, alt=f"Spread of a batch's mean gain in nats, by rows in the batch. {said}.")
-    print(
-        f"{batch} rows: below zero in {below:.0%} of the batches. β × the spread's half width: "
-        f"{0.1 * (chosen.high - chosen.low) / 2:.2f}; thumbs move the loss visibly from about 1 on."
-    )
+    shift = 0.1 * (chosen.high - chosen.low) / 2
+    print(f"{batch} rows: the mean is below zero, and z is 0, in {below:.0%} of the batches.")
+    lost = math.tanh(shift / 2) ** 2  # 1 − σ'(shift) / σ'(0)
+    print(f"So σ sees a shift of up to {shift:.2f} (β = 0.1): its slope falls by up to {lost:.1%}.")
 
 
 # ── Is it true? ─────────────────────────────────────────────────────────────────────────────────────────────
