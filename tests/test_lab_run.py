@@ -1,12 +1,15 @@
 """`make labs`: progress, table, exit status; and the headline it reads."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from jupyter_core.paths import jupyter_path
 
+from spark_ft.files import ROOT
 from spark_ft.lab import HEADLINE_TYPE, headline
 from spark_ft.lab.run import Result, main, table
 from spark_ft.version import __version__
@@ -97,3 +100,19 @@ def test_command_line_names_its_commands():
     assert subprocess.run([*run, "nothing"], capture_output=True).returncode == 2
     version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     assert version == __version__
+
+
+def test_make_lab_opens_without_news_and_without_the_instructors_menus(monkeypatch):
+    from jupyterlab_server.config import get_federated_extensions, get_static_page_config
+
+    makefile = (ROOT / "Makefile").read_text()
+    folder = re.search(r"^lab: export JUPYTER_CONFIG_PATH := \$\(CURDIR\)/([^$]+)", makefile, re.M)[1]
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / folder))
+    disabled = get_static_page_config(level="all")["disabledExtensions"]
+    assert {name for name, off in disabled.items() if off} >= {
+        "@jupyterlab/apputils-extension:announcements",
+        "@jupyter/nbgrader",
+    }
+    assert "@jupyter/nbgrader" in get_federated_extensions(jupyter_path("labextensions")), (
+        "its name is another"
+    )
