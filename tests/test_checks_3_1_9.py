@@ -349,6 +349,8 @@ def test_kto_loss():
             ("default dtype", *spoils("torch.set_default_dtype(torch.float64)")),
             ("seeds", *spoils("torch.manual_seed(0)")),
             ("threads", *spoils("torch.set_num_threads(torch.get_num_threads() + 1)")),
+            ("autocast", *spoils("torch.set_autocast_enabled('cpu', True)")),
+            ("NumPy's error", *spoils("np.seterr(all='ignore')")),
             ("anomaly", *spoils("torch.autograd.set_detect_anomaly(True)")),
             ("deterministic", *spoils("torch.use_deterministic_algorithms(True)")),
             ("hook on all", *spoils("torch.nn.modules.module.register_module_forward_hook(print)")),

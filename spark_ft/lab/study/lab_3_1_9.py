@@ -13,7 +13,7 @@ from spark_ft.data.judge import IMPERIAL, is_metric
 from spark_ft.lab import plots
 from spark_ft.lab.checks import is_stub
 from spark_ft.lab.experiments.runner import Measurement
-from spark_ft.lab.study import show_differences, show_sweep, show_table, verdict
+from spark_ft.lab.study import show_differences, show_table, verdict
 from spark_ft.stats import Estimate, paired_difference
 
 MODEL = "Embedded model, KTO from the SFT start, 14 steps of 8 thumbs."
@@ -136,41 +136,67 @@ def show_flipped(thumbs: Measurement, pairs: Measurement) -> dict[str, Estimate]
         name: paired_difference(of(thumbs, name), of(pairs, "before")) for name in ("thumbs", "flipped")
     }
     more = paired_difference(of(thumbs, "flipped", imperial), of(pairs, "before", imperial))
-    true = verdict(change["thumbs"], "true thumbs teach grams", "true thumbs lose grams")
-    wrong = verdict(more, "flipped ones teach cups", "flipped ones lose cups")
-    points = {
-        name: {
-            "before": of(pairs, "before", what),
-            "true thumbs": of(thumbs, "thumbs", what),
-            "flipped thumbs": of(thumbs, "flipped", what),
-        }
-        for name, what in (("metric only", metric), ("some imperial", imperial))
-    }
-    title = _title(true, wrong)
-    show_sweep(title, points, x="trained on", y="answers (%)", caption=f"{MODEL} 25 test questions.")
+    told = [
+        part
+        for part in (
+            verdict(change["thumbs"], "true thumbs teach grams", "true thumbs lose grams"),
+            verdict(more, "flipped ones teach cups", "flipped ones lose cups"),
+        )
+        if part != "cannot tell"
+    ]
+    _show_runs(
+        "; ".join(told).capitalize() or "Cannot tell",
+        {
+            "before": pairs.values("before"),
+            "true thumbs": thumbs.values("thumbs"),
+            "flipped thumbs": thumbs.values("flipped"),
+        },
+        f"Metric less before: {change['thumbs'].signed(0)}, flipped {change['flipped'].signed(0)} points.",
+    )
     return {**change, "flipped, imperial": more}
 
 
 def show_weights(lopsided: Measurement, pairs: Measurement) -> Estimate:
     """Draw what 10 thumbs up and 100 down teach with equal and with balanced weights."""
-    runs = {"equal": "equal weights", "balanced": "balanced weights"}
-    difference = paired_difference(of(lopsided, runs["balanced"]), of(lopsided, runs["equal"]))
-    points = {
-        name: {
-            "before": of(pairs, "before", what),
-            **{short: of(lopsided, run, what) for short, run in runs.items()},
-        }
-        for name, what in (("metric only", metric), ("some imperial", imperial))
-    }
+    difference = paired_difference(of(lopsided, "balanced weights"), of(lopsided, "equal weights"))
     said = verdict(difference, "balanced weights teach more grams", "equal weights teach more grams")
-    show_sweep(
+    _show_runs(
         f"10 up, 100 down: {said}",
-        points,
-        x="weights of up and down: equal 1 and 1, balanced 10 and 1",
-        y="answers (%)",
-        caption=f"{MODEL} 25 test questions.",
+        {
+            "before": pairs.values("before"),
+            "equal weights, 1 and 1": lopsided.values("equal weights"),
+            "balanced weights, 10 and 1": lopsided.values("balanced weights"),
+        },
+        f"Metric, balanced less equal: {difference.signed(0)} points.",
     )
     return difference
+
+
+def _show_runs(title: str, runs: Mapping[str, Sequence[Mapping[str, Any]]], change: str) -> None:
+    """Bars of metric and imperial answers for each run, a dot for every seed."""
+    seeds = len(next(iter(runs.values())))
+    fig, ax = plots.figure(
+        title,
+        x="trained on",
+        y="answers (%)",
+        caption=f"{MODEL} 25 questions. Bars: mean; dots: {seeds} seeds. {change} Paired 95% t interval.",
+        height=3.4,
+    )
+    said = []
+    for shift, role, name, what in (
+        (-0.2, "yours", "metric only", metric),
+        (0.2, "other", "some imperial", imperial),
+    ):
+        each = [[what(figures) for figures in found] for found in runs.values()]
+        places = [place + shift for place in range(len(runs))]
+        ax.bar(places, [mean(values) for values in each], 0.36, label=name, **plots.BAR[role])
+        for place, values in zip(places, each, strict=True):
+            ax.plot([place] * seeds, values, "o", color="white", markeredgecolor=plots.INK, markersize=5)
+        shares = ", ".join(f"{run} {mean(v):.0f}%" for run, v in zip(runs, each, strict=True))
+        said.append(f"{name}: {shares}")
+    ax.set_xticks(range(len(runs)), list(runs))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    plots.show(fig, alt=f"{title}. {'; '.join(said)}. {change}")
 
 
 def show_weights_table(lopsided: Measurement, pairs: Measurement) -> None:
@@ -206,8 +232,3 @@ def show_pairs_or_thumbs(on_pairs: Measurement, pairs: Measurement) -> Estimate:
         caption="Embedded model, 16 steps of 4 pairs or 8 thumbs, 25 test questions.",
     )
     return difference
-
-
-def _title(*parts: str) -> str:
-    told = [part for part in parts if part != "cannot tell"]
-    return "; ".join(told).capitalize() if told else "Cannot tell"
