@@ -414,6 +414,8 @@ print(f"rate 1e-3: {metric:.0%} of the answers are metric. Our best run so far!"
 # %%
 for answer in theirs[:3]:
     print("·", answer[:160].replace("\n", " "))
+drift = fooled.values("kl")[0]
+print(f"KL: {drift:.0f} nats per answer; after DPO {stored.figures(0)['DPO']['kl']:.1f}")
 study.show_guard(stored, fooled)
 
 # %% [markdown]

@@ -180,7 +180,8 @@ def show_guard(kitchen: Measurement, fooled: Measurement) -> None:
         f"{under['after DPO']:.0%} of DPO's",
         x="log-probability of an answer under the reference (nats per token)",
         y="answers of",
-        caption=f"one mark per answer; line: the guard, {SOUND:g}; {fooled.origin()}",
+        caption=f"one mark per answer to 50 held-out questions; line: the guard, {SOUND:g}; stored, DPO "
+        f"{len(kitchen['runs'])} seeds, rate 1e-3 {len(fooled['runs'])}",
         height=2.8,
     )
     for place, (role, (_, values)) in enumerate(
