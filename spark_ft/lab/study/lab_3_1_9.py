@@ -156,20 +156,36 @@ def show_flipped(thumbs: Measurement, pairs: Measurement) -> dict[str, Estimate]
     return {**change, "flipped, imperial": more}
 
 
-def show_weights(lopsided: Measurement, pairs: Measurement) -> Estimate:
-    """Draw what 10 thumbs up and 100 down teach with equal and with balanced weights."""
-    difference = paired_difference(of(lopsided, "balanced weights"), of(lopsided, "equal weights"))
-    said = verdict(difference, "balanced weights teach more grams", "equal weights teach more grams")
-    _show_runs(
-        f"10 up, 100 down: {said}",
+def show_weights(lopsided: Measurement, pairs: Measurement) -> dict[str, Estimate]:
+    """Draw what 10 thumbs up and 100 down teach with equal and with balanced weights, and a table beside."""
+    equal, balanced = (lopsided.values(f"{name} weights") for name in ("equal", "balanced"))
+    found = {
+        "metric": paired_difference([*map(metric, balanced)], [*map(metric, equal)]),
+        "drift": paired_difference([run["kl"] for run in balanced], [run["kl"] for run in equal]),
+    }
+    grams = verdict(found["metric"], "balanced weights teach more grams", "equal weights teach more grams")
+    drift = verdict(found["drift"], "balanced weights drift further", "balanced weights drift less")
+    grams = "which weights teach more grams: cannot tell" if grams == "cannot tell" else grams
+    runs = {
+        "before": pairs.values("before"),
+        "equal weights, 1 and 1": equal,
+        "balanced weights, 10 and 1": balanced,
+    }
+    title = f"10 up, 100 down. {drift.capitalize()}; {grams}"
+    _show_runs(title, runs, f"Metric, balanced less equal: {found['metric'].signed(0)} points.")
+    table = [
         {
-            "before": pairs.values("before"),
-            "equal weights, 1 and 1": lopsided.values("equal weights"),
-            "balanced weights, 10 and 1": lopsided.values("balanced weights"),
-        },
-        f"Metric, balanced less equal: {difference.signed(0)} points.",
-    )
-    return difference
+            "weights": name,
+            "metric only (%)": mean(map(metric, told)),
+            "some imperial (%)": mean(map(imperial, told)),
+            "loops (%)": mean(100 * run["looping"] / run["asked"] for run in told),
+            "KL (nats per answer)": mean(run["kl"] for run in told),
+        }
+        for name, told in runs.items()
+    ]
+    change = f"KL, balanced less equal: {found['drift'].signed(2)} nats per answer, paired 95% t interval."
+    show_table(table, f"{MODEL} Means over {len(equal)} seeds. {change}")
+    return found
 
 
 def _show_runs(title: str, runs: Mapping[str, Sequence[Mapping[str, Any]]], change: str) -> None:
@@ -197,27 +213,6 @@ def _show_runs(title: str, runs: Mapping[str, Sequence[Mapping[str, Any]]], chan
     ax.set_xticks(range(len(runs)), list(runs))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plots.show(fig, alt=f"{title}. {'; '.join(said)}. {change}")
-
-
-def show_weights_table(lopsided: Measurement, pairs: Measurement) -> None:
-    """A table of what else the two weights change: drift, loops, length."""
-    rows = []
-    for name, found in (
-        ("before", pairs.values("before")),
-        ("equal, 1 and 1", lopsided.values("equal weights")),
-        ("balanced, 10 and 1", lopsided.values("balanced weights")),
-    ):
-        rows.append(
-            {
-                "weights": name,
-                "metric only (%)": mean(metric(run) for run in found),
-                "some imperial (%)": mean(imperial(run) for run in found),
-                "loops (%)": mean(100 * run["looping"] / run["asked"] for run in found),
-                "KL (nats per answer)": mean(run["kl"] for run in found),
-                "log p per token, reference": mean(run["logp"] for run in found),
-            }
-        )
-    show_table(rows, f"{MODEL} Means over {len(lopsided['runs'])} seeds.")
 
 
 def show_pairs_or_thumbs(on_pairs: Measurement, pairs: Measurement) -> Estimate:
