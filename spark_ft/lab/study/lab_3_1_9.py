@@ -163,25 +163,27 @@ def show_weights(lopsided: Measurement, pairs: Measurement) -> dict[str, Estimat
         "metric": paired_difference([*map(metric, balanced)], [*map(metric, equal)]),
         "drift": paired_difference([run["kl"] for run in balanced], [run["kl"] for run in equal]),
     }
-    grams = verdict(found["metric"], "balanced weights teach more grams", "equal weights teach more grams")
-    drift = verdict(found["drift"], "balanced weights drift further", "balanced weights drift less")
-    grams = "which weights teach more grams: cannot tell" if grams == "cannot tell" else grams
+    told = [
+        verdict(found["metric"], "balanced weights teach more grams", "equal weights teach more grams"),
+        verdict(found["drift"], "balanced weights drift further", "balanced weights drift less"),
+    ]
+    sure = "; ".join(part for part in told if part != "cannot tell")
     runs = {
         "before": pairs.values("before"),
         "equal weights, 1 and 1": equal,
         "balanced weights, 10 and 1": balanced,
     }
-    title = f"10 up, 100 down. {drift.capitalize()}; {grams}"
+    title = f"10 up, 100 down: {sure or f'{len(equal)} seeds cannot tell the two weights apart'}"
     _show_runs(title, runs, f"Metric, balanced less equal: {found['metric'].signed(0)} points.")
     table = [
         {
             "weights": name,
-            "metric only (%)": mean(map(metric, told)),
-            "some imperial (%)": mean(map(imperial, told)),
-            "loops (%)": mean(100 * run["looping"] / run["asked"] for run in told),
-            "KL (nats per answer)": mean(run["kl"] for run in told),
+            "metric only (%)": mean(map(metric, each)),
+            "some imperial (%)": mean(map(imperial, each)),
+            "loops (%)": mean(100 * run["looping"] / run["asked"] for run in each),
+            "KL of each seed (nats per answer)": ", ".join(f"{run['kl']:.1f}" for run in each),
         }
-        for name, told in runs.items()
+        for name, each in runs.items()
     ]
     change = f"KL, balanced less equal: {found['drift'].signed(2)} nats per answer, paired 95% t interval."
     show_table(table, f"{MODEL} Means over {len(equal)} seeds. {change}")
