@@ -51,7 +51,8 @@ __getattr__, __dir__, __all__ = lazy_names(
             "with_prompt",
         ),
         "scoring": ("completion_logps", "pair_logps", "sequence_logps", "sft_loss"),
-        "preferences": ("ReferenceLogps", "feedback_loss", "preference_loss"),
+        "reference": ("ReferenceLogps",),
+        "preferences": ("feedback_loss", "preference_loss"),
         "data.formats": (
             "alpaca_to_messages",
             "chatml_to_messages",

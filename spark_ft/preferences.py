@@ -1,24 +1,18 @@
 """From a loss on log-probabilities (methods/preference.py, or your own) to a loss for `train`.
 
-The reference is the model with its adapters off, or a frozen copy; what it says is computed once and kept.
+The reference is the model with its adapters off, or a frozen copy (reference.py).
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
-from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from spark_ft.adapters import adapted_layers, adapters_disabled
-from spark_ft.memory.tracker import real_tensors
-from spark_ft.methods.fused import at_least_fp32
-from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.preference import ipo_loss, orpo_loss, simpo_loss
+from spark_ft.reference import ReferenceLogps
 from spark_ft.scoring import Batch, answer_logps, dropout_layers, evaluating
 
 Parts = list[Batch]
@@ -33,7 +27,7 @@ def preference_loss(
     loss: Callable[..., Tensor],
     *,
     per_token: bool | None = None,
-    reference: "ReferenceLogps | None" = None,
+    reference: ReferenceLogps | None = None,
     dropout: bool = False,
 ) -> "PreferenceLoss":
     """A loss for `train` on `preference_batches`: Σ over pairs of `loss`, and the number of pairs.
@@ -66,7 +60,7 @@ def preference_loss(
 
 
 def feedback_loss(
-    loss: Callable[..., Tensor], *, reference: "ReferenceLogps | None" = None, dropout: bool = False
+    loss: Callable[..., Tensor], *, reference: ReferenceLogps | None = None, dropout: bool = False
 ) -> "FeedbackLoss":
     """A loss for `train` on `feedback_batches`: Σ over thumbs of `loss`, and the number of thumbs.
 
@@ -103,7 +97,7 @@ class StepLoss:
         parameters = inspect.signature(loss).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self.wants = [p.name for p in named if p.name in self.known and p.name not in bound]
-        name = getattr(function, "__name__", type(function).__name__)
+        self.name = name = getattr(function, "__name__", type(function).__name__)
         for p in named:
             if p.name not in self.known and p.default is p.empty:
                 has = f"{', '.join(self.known)}; give it a default, or a value by functools.partial"
@@ -134,7 +128,12 @@ class StepLoss:
 
     def given(self, **numbers) -> Tensor:
         """The loss on those of the numbers that it asks for."""
-        return self.loss(**{name: numbers[name] for name in self.wants})
+        losses, rows = self.loss(**{name: numbers[name] for name in self.wants}), len(numbers[self.known[0]])
+        if (shape := getattr(losses, "shape", None)) != (rows,):
+            found = type(losses).__name__ if shape is None else tuple(shape)
+            mend = f"return a loss for each, ({rows},), not their mean"
+            raise ValueError(f"{self.name} returned {found} for {rows} examples; {mend}")
+        return losses
 
 
 def _per(count: Tensor) -> Tensor:
@@ -202,21 +201,18 @@ class FeedbackLoss(StepLoss):
     def whole_step(self, model: nn.Module, parts: Parts, everywhere: Everywhere) -> Parts:
         """Add to each part what depends on the whole step, and the reference's log-probabilities."""
         refs = self.reference(model, parts, ("completion", "mismatched")) if self.refers else []
-        device = next(model.parameters()).device
-        counts = torch.zeros(5, dtype=torch.float64, device=device)
-        gain = torch.zeros((), dtype=torch.float64, device=device)
-        for part in parts:
-            up, tokens = part["desirable"], part["completion_mask"].sum(1)
-            both = [up.sum(), (~up).sum(), tokens[up].sum(), tokens[~up].sum()]
-            counts += torch.stack([tokens.new_tensor(len(up)), *both])
-        if "kl" in self.wants:
-            for part, ref in zip(parts, refs, strict=True):
+        sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
+        for i, part in enumerate(parts):
+            up, tokens, gain = part["desirable"], part["completion_mask"].sum(1), sums.new_tensor(math.nan)
+            if "kl" in self.wants:
                 with torch.no_grad(), evaluating(model):
                     (policy,), *_ = answer_logps(model, part, ("mismatched",))
-                gain = gain + (policy - ref[1]).double().sum()
-        counts, gain = everywhere(counts), everywhere(gain)
+                gain = (policy - refs[i][1]).double().sum()
+            counts = [up.sum(), (~up).sum(), tokens[up].sum(), tokens[~up].sum()]
+            sums += torch.stack([gain, *(x.double() for x in (up.new_ones(len(up)).sum(), *counts))])
+        sums = everywhere(sums)
         # 1/thumbs, 1/up, 1/down, 1/tokens of either, and the KL estimate
-        of_step = torch.stack([*_per(counts), gain / counts[0] if "kl" in self.wants else gain * math.nan])
+        of_step = torch.stack([*_per(sums[1:]), sums[0] / sums[1]])
         return [
             {**part, "of_step": of_step.expand(len(part["desirable"]), 6)}
             | ({"reference": refs[i][0]} if self.refers else {})
@@ -245,100 +241,3 @@ class FeedbackLoss(StepLoss):
                 "length": tokens.sum() * per_thumb,
             }
         return losses.sum(), len(losses), found
-
-
-class ReferenceLogps:
-    """Σ log π_ref of answers, computed once per sequence and kept, under a hash of its ids and the weights.
-
-    The reference is the model in eval mode with its adapters off, so an adapter that was trained before, in
-    SFT, is to be merged first (`merge_adapters`). For a model without adapters give a frozen copy of it.
-
-    Args:
-        model: the reference, where it is not the trained model with its adapters off.
-    """
-
-    def __init__(self, model: nn.Module | None = None):
-        self.model = model
-        self.kept: dict[bytes, float] = {}
-
-    def __call__(self, model: nn.Module, parts: Parts, sides: Sequence[str]) -> list[Tensor]:
-        """(sides, B) for each of the batches.
-
-        Raises:
-            ValueError: no adapters and no model of its own; or something else than adapters trains.
-        """
-        scorer = getattr(model, "reference_model", None) or self.model or model  # the first in a memory plan
-        if scorer is model and (why := _moves(model)):
-            raise ValueError(why)
-        if isinstance(next(scorer.parameters()), FakeTensor):  # numbers that do not exist are not kept
-            return [self._score(scorer, model, part, sides) for part in parts]
-        weights, dtype = fingerprint(scorer), at_least_fp32(next(scorer.parameters()).dtype)
-        found = []
-        for part in parts:
-            keys = [_hashes(part, side, weights) for side in sides]
-            missing = [i for i, row in enumerate(zip(*keys, strict=True)) if not self.kept.keys() >= {*row}]
-            if missing:
-                rows = {name: x[missing] for name, x in part.items()}
-                for side, logps in zip(keys, self._score(scorer, model, rows, sides).tolist(), strict=True):
-                    self.kept |= zip([side[i] for i in missing], logps, strict=True)
-            numbers = [[self.kept[key] for key in side] for side in keys]
-            found.append(torch.tensor(numbers, dtype=dtype, device=part["prompt_ids"].device))
-        return found
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, as tensors of bytes and numbers."""
-        keys = torch.tensor([list(key) for key in self.kept], dtype=torch.uint8)
-        return {"keys": keys, "logps": torch.tensor([*self.kept.values()], dtype=torch.float64)}
-
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Keep what `tensors` gave too."""
-        keys = (bytes(key) for key in tensors["keys"].tolist())
-        self.kept |= dict(zip(keys, tensors["logps"].tolist(), strict=True))
-
-    def _score(self, scorer, model, batch: Batch, sides: Sequence[str]) -> Tensor:
-        off = adapters_disabled(model) if scorer is model else nullcontext()
-        with torch.no_grad(), evaluating(scorer), off:
-            return answer_logps(scorer, batch, sides)[0]
-
-
-def _moves(model: nn.Module) -> str:
-    layers = adapted_layers(model)
-    if not layers:
-        mend = "add adapters (add_adapters), or give reference=ReferenceLogps(a frozen copy of the model)"
-        return f"without adapters the model has no reference; {mend}"
-    own = {id(p) for layer in layers.values() for p in layer.parameters()}
-    moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    mend = "freeze it, or give reference=ReferenceLogps(a frozen copy of the model)"
-    return f"{moving[0]} trains beside the adapters and would move the reference; {mend}" if moving else ""
-
-
-def _hashes(batch: Batch, side: str, weights: bytes) -> list[bytes]:
-    """A key for each row: of the reference's weights, the prompt's ids and the answer's."""
-    names = [f"{part}_{what}" for part in ("prompt", side) for what in ("ids", "mask")]
-    hashes = []
-    for prompt, real, answer, said in zip(*(batch[name].cpu() for name in names), strict=True):
-        prompt, answer = prompt[real.bool()], answer[said.bool()]
-        ids = torch.cat([torch.tensor([len(prompt)]), prompt, answer])
-        hashes.append(blake2b(weights + ids.numpy().tobytes(), digest_size=16).digest())
-    return hashes
-
-
-def fingerprint(model: nn.Module) -> bytes:
-    """A hash of every number that the model computes with, adapters aside."""
-    digest = blake2b(f"{type(model).__name__}{getattr(model, 'config', '')}".encode(), digest_size=16)
-    seen: dict[int, Tensor] = {}
-    for module in model.modules():
-        if not isinstance(module, LoRALinear):
-            seen |= {id(x): x for x in real_tensors(module)}
-    for x in seen.values():
-        digest.update(f"{tuple(x.shape)}{x.dtype}".encode())
-        digest.update(_sums(x.detach()).cpu().numpy().tobytes())
-    return digest.digest()
-
-
-def _sums(x: Tensor) -> Tensor:
-    """64 sums, modulo 2⁶⁴, of every 64th eight bytes of the tensor, and of what is left over."""
-    data = x.contiguous().view(-1).view(torch.uint8)
-    whole = len(data) // 512 * 512
-    words = data[:whole].view(torch.int64) if whole else data.new_zeros(0, dtype=torch.int64)
-    return torch.cat([words.view(-1, 64).sum(0), data[whole:].long()])

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from spark_ft.data.batches import with_prompt
 from spark_ft.data.chat import IGNORE
 from spark_ft.methods.logprobs import chunked_logps, token_logps
-from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.neftune import draws_noise
 
 Batch = dict[str, Tensor]
@@ -250,7 +249,7 @@ class Packed(NamedTuple):
 
     def masks(self) -> list[Tensor | None]:
         """Which keys (prefix and group) each of a group's tokens sees; None where that is all before it."""
-        return [_sees(self.prefix, *group, self.ids.device) for group in self.groups]
+        return [_sees(self.prefix, group, self.ids.device) for group in self.groups]
 
     def inputs(self) -> dict:
         """What a backbone with packed attention is called with."""
@@ -260,16 +259,14 @@ class Packed(NamedTuple):
         return {"input_ids": self.ids, "attention_mask": empty, "position_ids": self.positions, **row}
 
 
-def _sees(prefix: int, prompt: int, *answers_and_device) -> Tensor | None:
-    *answers, device = answers_and_device
-    if prefix == 0 and len(answers) == 1:
+def _sees(prefix: int, group: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if prefix == 0 and len(group) == 2:
         return None
-    tokens = prompt + sum(answers)
+    tokens, end = sum(group), group[0]
     sees = torch.ones(tokens, prefix + tokens, dtype=torch.bool, device=device).tril(prefix)
-    begin = prompt
-    for answer in answers:  # no later answer sees this one
-        sees[begin + answer :, prefix + begin : prefix + begin + answer] = False
-        begin += answer
+    for answer in group[1:]:  # no later answer sees this one
+        begin, end = end, end + answer
+        sees[end:, prefix + begin : prefix + end] = False
     return sees
 
 
@@ -340,9 +337,19 @@ def _draws_random_numbers(model: nn.Module) -> bool:
 
 
 def dropout_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that drop numbers at random while they are in training mode."""
-    rates = {LoRALinear: "dropout", nn.Dropout: "p", nn.Module: "attention_dropout"}
-    return [m for m in model.modules() if any(getattr(m, x, 0) for k, x in rates.items() if isinstance(m, k))]
+    """The modules that drop numbers at random while they are in training mode.
+
+    Some drop by the rate of an `nn.Dropout` that they hold, or by one of their own. A layer that is to be
+    computed again in backward is not among them, since eval mode would turn that off.
+    """
+
+    def drops(module: nn.Module) -> bool:
+        own = vars(module)  # asked for by hand, since a module's own way to say "no such name" is slow
+        rates = [own.get(name, 0) for name in ("dropout", "attention_dropout", "activation_dropout")]
+        rates += [x.p for x in (module, *module._modules.values()) if isinstance(x, nn.Dropout)]
+        return any(isinstance(x, int | float) and x > 0 for x in rates)
+
+    return [m for m in model.modules() if drops(m) and not vars(m).get("gradient_checkpointing", False)]
 
 
 def packed_attention(
@@ -366,7 +373,8 @@ def packed_attention(
         if prefix:
             ki, vi = torch.cat([k0, ki], 2), torch.cat([v0, vi], 2)
         outs.append(_attention(qi, ki, vi, scale, attn_mask=mask, is_causal=mask is None))
-    return torch.cat(outs, dim=2)
+    # tokens before heads in memory, as the kernel writes them and the next layer reads them
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
 def _attention(q, k, v, scale, **sees):

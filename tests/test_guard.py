@@ -5,14 +5,15 @@ import warnings
 
 import pytest
 import torch
-from helpers import tiny_llama, token_batch
+from helpers import pair_batch, thumb_batch, tiny_llama, token_batch
 from torch import nn
 
+from spark_ft import dpo_loss, feedback_loss, kto_loss, preference_loss
 from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.memory import machine
 from spark_ft.memory.guard import Guard, cut_advice, fit_report
 from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget
-from spark_ft.memory.plan import MemoryPlan, plan_step
+from spark_ft.memory.plan import MemoryPlan, plan_step, size_of
 from spark_ft.memory.trace import ADAPTERS, CHECKPOINTS, LINEAR, LOGITS, MOMENTS, START
 from spark_ft.memory.tracker import Tracker, real_tensors
 from spark_ft.scoring import sft_loss
@@ -132,6 +133,28 @@ def test_a_step_is_covered_only_by_a_plan_that_is_larger_in_every_way(monkeypatc
     for batch in (first, first, fewer_learned):
         guard.check(batch)
     assert len(guard.plans) == 2
+
+
+def test_pairs_and_thumbs_are_watched_as_rows_are(monkeypatch):
+    for loss, make in ((preference_loss(dpo_loss), pair_batch), (feedback_loss(kto_loss), thumb_batch)):
+        left(monkeypatch, 64 * GIB)
+        guard = Guard(model(), loss)
+        with warnings.catch_warnings(action="error"):
+            for batch in (make(), make(seed=1), {name: x[:2] for name, x in make().items()}):
+                guard.check(batch)
+        assert len(guard.plans) == 1
+        assert not loss.reference.kept
+        left(monkeypatch, 1000)
+        with pytest.raises(MemoryError, match="ignore_budget=True"):
+            guard.check({name: x.repeat(9, *[1] * (x.dim() - 1)) for name, x in make().items()})
+
+
+def test_fewer_real_tokens_of_a_larger_shape_cover_nothing():
+    ragged, even = token_batch(rows=4, length=40), token_batch(rows=4, length=36)
+    even["attention_mask"] = torch.ones_like(even["attention_mask"])  # packed rows leave the padding out
+    larger, smaller = size_of(ragged), size_of(even)
+    assert larger[0] > smaller[0]
+    assert larger[1] < smaller[1]
 
 
 def test_a_handful_of_plans_covers_a_run(monkeypatch):

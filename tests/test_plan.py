@@ -7,21 +7,20 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_model, token_batch
+from helpers import pair_batch, thumb_batch, tiny_llama, tiny_model, token_batch
 from torch import nn
-from torch.nn import functional as F
 
-from spark_ft.adapters import AdapterConfig, adapters_disabled, add_adapters
+from spark_ft import ReferenceLogps, dpo_loss, feedback_loss, kto_loss, preference_loss
+from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.cli import main as cli
-from spark_ft.data.batches import collate_preferences, with_prompt
 from spark_ft.experts import quantize_model
 from spark_ft.memory import trace as t
 from spark_ft.memory.machine import DGX_SPARK_SPEED, Machine, free_at_once, measure
-from spark_ft.memory.plan import METHODS, plan_step, plan_training
+from spark_ft.memory.plan import METHODS, TASKS, plan_step, plan_training
 from spark_ft.memory.shapes import SHAPES, known_config
 from spark_ft.memory.tracker import Tracker, real_tensors
 from spark_ft.models import load_model
-from spark_ft.scoring import sequence_logps, sft_loss
+from spark_ft.scoring import sft_loss
 from spark_ft.training import TrainConfig, train
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -65,22 +64,6 @@ def prepared(kind, method, checkpointing, layers=4):
     return model
 
 
-def pair_loss(model, batch):
-    """DPO's step as `train` takes it: the reference is the model with its adapters off."""
-    with torch.no_grad(), adapters_disabled(model):
-        before = [sequence_logps(model, with_prompt(batch, side))[0] for side in ("chosen", "rejected")]
-    after = [sequence_logps(model, with_prompt(batch, side))[0] for side in ("chosen", "rejected")]
-    margins = (after[0] - before[0]) - (after[1] - before[1])
-    return -F.logsigmoid(0.1 * margins).sum(), len(margins)
-
-
-def pairs(tokenizer):
-    chosen, rejected = "Two grams. ", "A cup."
-    texts = [(f"Soup {i}?" * (1 + i), chosen * (3 - i), rejected) for i in range(3)]
-    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
-    return collate_preferences(rows, tokenizer)
-
-
 def far_apart(method, kinds):
     """Plan over real step − 1 where they differ, by kind and checkpointing."""
     apart = {}
@@ -114,7 +97,7 @@ def test_the_plan_is_the_real_step_for_every_kind_of_model(method):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_rows_of_other_lengths_accumulation_and_pairs_are_planned_too(packed, embedded):
+def test_rows_of_other_lengths_and_accumulation_are_planned_too(packed):
     model = add_adapters(tiny_llama(packed=packed, num_hidden_layers=5), AdapterConfig(rank=4)).train()
     for rows, length in ((1, 9), (3, 40), (2, 130)):
         batch = token_batch(rows=rows, length=length)
@@ -125,11 +108,46 @@ def test_rows_of_other_lengths_accumulation_and_pairs_are_planned_too(packed, em
     assert plan_step(model, two, sft_loss, 2).peak == counted(model, batch, accumulates=True).peak
 
 
-def test_a_step_on_pairs_with_its_reference_is_planned_like_any_other(embedded):
-    model = add_adapters(tiny_llama(vocab_size=50_000, num_hidden_layers=4), AdapterConfig(rank=4)).train()
-    batch = pairs(embedded[1])
-    plan, real = plan_step(model, batch, pair_loss), counted(model, batch, pair_loss)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("made", "batch"), [(preference_loss, pair_batch()), (feedback_loss, thumb_batch())])
+def test_a_step_on_pairs_or_thumbs_is_planned_with_its_reference_and_leaves_nothing_behind(
+    made, batch, checkpointing
+):
+    model = add_adapters(tiny_llama(vocab_size=5_000, num_hidden_layers=4), AdapterConfig(rank=4)).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    function = dpo_loss if made is preference_loss else kto_loss
+    loss = made(function)
+    plan = plan_step(model, batch, loss)
+    assert not loss.reference.kept, "a plan has no numbers to keep"
+    loss(model, batch)  # the weights' checksums, 512 bytes a tensor, are there from then on
+    loss.reference.kept.clear()
+    real = counted(model, batch, lambda *step: loss(*step)[:2])
     assert plan.peak == pytest.approx(real.peak, rel=0.01)
+    assert plan.flops == real.flops  # the reference's pass among them, and the policy's for KTO's KL
+    kept, value = dict(loss.reference.kept), loss(model, batch)[0].item()
+    plan_step(model, batch, loss)
+    assert loss.reference.kept == kept
+    assert loss(model, batch)[0].item() == value  # bit for bit
+    frozen = made(function, reference=ReferenceLogps(tiny_llama(vocab_size=5_000, num_hidden_layers=4)))
+    assert plan_step(model, batch, frozen).terms[t.REFERENCE] > 0
+    assert not frozen.reference.kept
+
+
+def test_the_task_plans_pairs_and_thumbs_of_a_shape_alone():
+    settings = {"batch_size": 2, "length": 30, "rank": 4, "dtype": FP32, "device": "cpu", "completion": 12}
+    plan = functools.partial(plan_training, tiny_llama(num_hidden_layers=6).config, **settings)
+    sft, pairs, thumbs = (plan("lora", task=task) for task in TASKS)
+    assert sft.flops < thumbs.flops < pairs.flops
+    model = trained_by("lora", tiny_llama(num_hidden_layers=6))
+    model.activation_checkpointing_enable()
+    batch = pair_batch((18, 18), (12, 12), (12, 12), shared=0)
+    loss = preference_loss(dpo_loss)
+    loss(model, batch)
+    loss.reference.kept.clear()
+    assert pairs.peak == pytest.approx(counted(model, batch, lambda *step: loss(*step)[:2]).peak, rel=0.01)
+    for task in ("preference", "feedback"):
+        assert plan("full", task=task).terms[t.REFERENCE] > 0
 
 
 def test_the_embedded_model_is_planned_to_the_byte_and_left_as_it_was(embedded):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_llama, tiny_model, token_batch
+from helpers import pair_batch, tiny_llama, tiny_model, token_batch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -311,3 +311,95 @@ def test_nothing_is_shared_where_something_random_acts():
             assert prefix(model) == 3
     model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.1)).train()
     assert prefix(model) == 0
+
+
+# --- pairs: a prompt is computed once for both answers ----------------------------------------------------
+def test_a_row_of_pairs_by_hand():
+    ids = torch.tensor([[7, 8, 1, 2, 0], [7, 8, 3, 0, 0], [7, 5, 6, 4, 4], [7, 5, 6, 4, 9]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    row = pack(ids, mask, share_prefix=True, together=2)
+    # 7 belongs to all; 8 to the first pair, 5 6 4 to the second; then each sequence's own
+    assert row.ids.tolist() == [[7, 8, 1, 2, 3, 5, 6, 4, 4, 9]]
+    assert row.positions.tolist() == [[0, 1, 2, 3, 2, 1, 2, 3, 4, 4]]
+    assert (row.prefix, row.groups, row.lengths) == (1, [(1, 2, 1), (3, 1, 1)], [4, 5])
+    places = [row.places[i][mask[i].bool()].tolist() for i in range(4)]
+    assert places == [[0, 1, 2, 3], [0, 1, 4], [0, 5, 6, 7, 8], [0, 5, 6, 7, 9]]
+    first, second = (mask.int().tolist() for mask in row.masks())
+    assert first == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert second[3:] == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+    alone = pack(ids[:2], mask[:2], share_prefix=True, together=2)  # all that one pair shares is the prefix
+    assert (alone.ids.tolist(), alone.prefix, alone.groups) == ([[7, 8, 1, 2, 3]], 2, [(0, 2, 1)])
+
+
+PAIR_MODELS = {}
+
+
+def pair_model(kind, attention):
+    """A model with adapters; "packed" computes a row of pairs."""
+    if (kind, attention) not in PAIR_MODELS:
+        model = tiny_model(kind).double()  # in which rounding hides nothing
+        if attention == "packed":
+            sc.use_packed_attention(model)
+        else:
+            model.set_attn_implementation(attention)
+        torch.manual_seed(0)
+        add_adapters(model, AdapterConfig(rank=2))
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(weight, std=0.2)
+        PAIR_MODELS[kind, attention] = model
+    return PAIR_MODELS[kind, attention]
+
+
+ANSWER = st.integers(1, 12)
+ANSWERS = st.lists(st.tuples(st.integers(1, 14), ANSWER, ANSWER), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@settings(max_examples=6)
+@given(ANSWERS, st.integers(0, 4), st.integers(0, 99))
+@example([(3, 1, 1)], 0, 0)
+@example([(2, 1, 9), (11, 9, 1), (1, 4, 4)], 1, 0)
+def test_a_row_of_pairs_gives_the_log_probabilities_and_gradient_of_plain_rows(
+    kind, attention, lengths, shared, seed
+):
+    prompts, chosen, rejected = zip(*lengths, strict=True)
+    batch = pair_batch(prompts, chosen, rejected, min(shared, *prompts), seed)
+    found = []
+    for model in (pair_model(kind, "packed"), pair_model(kind, attention)):
+        model.zero_grad()
+        logps, counts, nll = sc.answer_logps(model, batch, ("chosen", "rejected"), prompts=True)
+        assert counts.tolist() == [list(chosen), list(rejected)]
+        (logps * logps.new_tensor([[1.0], [-0.7]]) + 0.3 * nll).sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        found.append([logps.detach().flatten(), nll.detach(), torch.cat(grads)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+
+
+def test_prompts_are_scored_apart_from_answers():
+    model, batch = tiny_llama(), pair_batch()
+    logps, _, prompts = sc.answer_logps(model, batch, ("chosen", "rejected"), prompts=True)
+    rows = with_prompt(batch, "chosen")
+    rows["labels"] = torch.where(rows["attention_mask"] > 0, rows["input_ids"], -100)
+    whole, counts = sequence_logps(model, rows)
+    torch.testing.assert_close(prompts + logps[0], whole)
+    assert counts.tolist() == [5, 12, 12]
+    torch.testing.assert_close(sc.pair_logps(model, batch)[0], logps)
+
+
+def test_rejected_does_not_see_chosen():
+    model, batch = pair_model("llama", "packed"), pair_batch()
+    other = {**batch, "chosen_ids": batch["chosen_ids"].roll(1, 1)}
+    (chosen, rejected), (moved, still) = (sc.pair_logps(model, x)[0] for x in (batch, other))
+    assert torch.equal(rejected, still)
+    assert not torch.allclose(chosen[1:], moved[1:], atol=1e-3)
+
+
+def test_a_pairs_prompt_is_not_shared_where_dropout_acts():
+    model = add_adapters(tiny_llama(), AdapterConfig(rank=2, dropout=0.1)).train()
+    rows = with_prompt(pair_batch(), "chosen", "rejected")
+    assert sc.packed_row(model, rows, together=2).groups == [(0, n) for n in rows["attention_mask"].sum(1)]
+    # the first pair's answers begin with the same token: that one is shared too, and no other is left
+    assert sc.packed_row(model.eval(), rows, together=2).groups == [(3, 0, 4), (6, 4, 3), (3, 7, 1)]

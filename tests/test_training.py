@@ -340,6 +340,23 @@ def test_progress_is_a_line_a_tenth_in_a_log_one_bar_on_a_terminal_and_nothing_w
     assert "5/5" in capsys.readouterr().out
 
 
+def test_a_long_run_in_a_notebook_shows_its_bar_where_make_lab_asks_for_it(monkeypatch):
+    bars = []
+
+    class Bar(training.tqdm):
+        def __init__(self, *steps, **options):
+            bars.append(options["delay"])
+            super().__init__(*steps, **options)
+
+    monkeypatch.setattr(training, "tqdm", Bar)
+    monkeypatch.setattr(training, "_in_notebook", lambda: True)
+    train(Line(), numbered, square_loss, config(2))
+    monkeypatch.setenv("SPARK_FT_PROGRESS", "1")
+    train(Line(), numbered, square_loss, config(2))
+    train(Line(), numbered, square_loss, config(2, progress=True))
+    assert bars == [5.0, 0.0]
+
+
 # --- kill -9, and two processes --------------------------------------------------------------------------
 # Every run below is a process of its own: a fork of one that has torch loaded, to spare the import's seconds.
 RUNS = r"""
@@ -371,9 +388,22 @@ def batches(step):
     keep[0] = True
     return {"x": torch.randn(6, 12, generator=g), "y": torch.randn(6, 5, generator=g), "keep": keep}
 
-def loss(model, batch):
-    kept = batch["keep"][:, 0]
-    return ((model(batch["x"][kept]) - batch["y"][kept]) ** 2).sum(), int(kept.sum())
+class Loss:
+    # it takes the mean of y over the step off: a part that knew its own rows alone would learn another thing
+    metrics = ("mean", "rows")
+
+    def whole_step(self, model, parts, everywhere):
+        sums = sum((torch.stack([x["y"].sum(), torch.tensor(x["y"].numel())]) for x in parts), torch.zeros(2))
+        total, count = everywhere(sums)
+        return [{**x, "mean": (total / count).expand(len(x["y"]))} for x in parts]
+
+    def __call__(self, model, batch):
+        kept, y = batch["keep"][:, 0], batch["y"] - batch["mean"][:, None]
+        value = ((model(batch["x"][kept]) - y[kept]) ** 2).sum()
+        found = {"mean": batch["mean"].sum() / 6, "rows": torch.tensor(len(kept))}
+        return value, int(kept.sum()), found
+
+loss = Loss()
 
 def config(where, **changes):
     return TrainConfig(steps=40, learning_rate=1e-2, warmup_steps=3, checkpoint_dir=where, checkpoint_every=3,
@@ -412,6 +442,7 @@ def run_until(step, phase, say):
         value = loss(model, batch)
         stop("loss", torch.equal(batch["x"], batches(step)["x"]))
         return value
+    slow_loss.metrics, slow_loss.whole_step = loss.metrics, loss.whole_step
     save, replace = training.save_file, os.replace
     def half_written(values, path, header):
         save(values, path, header)
@@ -460,7 +491,7 @@ def alone():
 def train_in_eval(model, where, parts):
     model.train = lambda mode=True: model  # dropout stays off
     history = train(model, batches, loss, config(where, gradient_accumulation_steps=parts, eps=1e-4))
-    history = json.dumps([history.losses, history.grad_norms])
+    history = json.dumps([history.losses, history.grad_norms, *history.metrics.values()])
     (where / f"history-{os.environ.get('RANK', 0)}.json").write_text(history)
 assert fate(forked(alone)) == 0
 with socket.socket() as s:

@@ -5,29 +5,31 @@ GB is 10⁹ bytes and GiB 2³⁰ bytes everywhere.
 
 import copy
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from spark_ft.adapters import ALL_LINEAR, AdapterConfig, adapters_disabled, add_adapters
+from spark_ft.adapters import ALL_LINEAR, AdapterConfig, add_adapters
 from spark_ft.data.chat import IGNORE
 from spark_ft.experts import quantize_model
 from spark_ft.memory.machine import GIB, Machine
 from spark_ft.memory.trace import EXPERTS, KINDS, Batch, Loss, Trace, find_head_path, kinds_of, trace_step
 from spark_ft.methods.nf4 import NF4Tensor
-from spark_ft.scoring import sequence_logps, sft_loss, takes_packed_rows, use_packed_attention
+from spark_ft.methods.preference import dpo_loss, kto_loss
+from spark_ft.preferences import feedback_loss, preference_loss
+from spark_ft.scoring import sft_loss, takes_packed_rows, use_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a mixture of experts, what adapters reach
-METHODS, TASKS, DEVICES = ("full", "lora", "dora", "qlora"), ("sft", "preference"), ("cuda", "cpu")
+METHODS, DEVICES = ("full", "lora", "dora", "qlora"), ("cuda", "cpu")
+TASKS = ("sft", "preference", "feedback")
+ANSWERS = {"preference": ("chosen", "rejected"), "feedback": ("completion", "mismatched")}
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ def plan_training(
     Args:
         model_config: a transformers config; `known_config` has those of well-known models.
         method: "full", "lora", "dora" or "qlora" (LoRA on NF4 layers).
-        task: "sft" or "preference": a pair is two rows, its reference the model with adapters off or, in full
+        task: "sft"; "preference", DPO on pairs, each of two rows; or "feedback", KTO on thumbs, each with a
+            mismatched row for the KL. The reference of both is the model with adapters off or, in full
             fine-tuning, a second, frozen model.
-        batch_size: rows (or pairs) computed at once.
+        batch_size: rows, pairs or thumbs computed at once.
         length: tokens per row. What is kept for backward grows with batch_size × length.
         completion: tokens per row that are learned, and so reach the head; default all but the first.
         rank, targets: as in `AdapterConfig`; default all linear layers, of experts attention's.
@@ -113,7 +116,7 @@ def plan_training(
         dtype: of weights that are not NF4, and of activations.
         adapter_dtype: of adapters, their gradients and moments; `LoRALinear` makes them fp32.
         device: "cuda" (which need not be there) or "cpu".
-        loss: the step's loss, as `train` takes it; default `sft_loss`, or the preference loss of `task`.
+        loss: the step's loss, as `train` takes it; default `sft_loss`, or DPO's or KTO's.
 
     Raises:
         ValueError: the method, task or device is unknown, or a number is below 1.
@@ -133,19 +136,21 @@ def plan_training(
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    pairs, reference = task == "preference", None
-    if pairs and method == "full":
+    reference = None
+    if task != "sft" and method == "full":
         reference = copy.deepcopy(model).requires_grad_(False).eval()
-    rows, loss = batch_size * (1 + pairs), loss or (_preference_loss if pairs else sft_loss)
-    accumulates = gradient_accumulation_steps > 1
-    trace = trace_step(model, _rows(rows, length, completion), loss, device, accumulates, reference)
+    # a loss for each plan, since what it keeps belongs to one run
+    losses = {"preference": preference_loss(dpo_loss), "feedback": feedback_loss(kto_loss)}
+    loss = loss or losses.get(task, sft_loss)
+    batch = _rows(batch_size, length, completion, ANSWERS.get(task, ()))
+    trace = trace_step(model, batch, loss, device, gradient_accumulation_steps > 1, reference)
     settings = {
         "method": method,
         **({} if method == "full" else {"rank": rank, "adapters": _short(adapter_dtype)}),
         "linear layers": "nf4" if method == "qlora" else _short(dtype),
         "other weights": _short(dtype),
         "task": task,
-        "rows": rows,
+        "rows": batch_size * (2 if task == "preference" else 1),
         "length": length,
         "accumulation": gradient_accumulation_steps,
         "checkpointing": checkpointing,
@@ -168,7 +173,8 @@ def plan_step(
     """
     part = max(parts_of(batch, gradient_accumulation_steps), key=size_of)
     kind = "cuda" if device_of(model).type == "cuda" else "cpu"
-    trace = trace_step(model, part, loss, kind, accumulates=gradient_accumulation_steps > 1)
+    reference = getattr(getattr(loss, "reference", None), "model", None)  # a preference loss's frozen copy
+    trace = trace_step(model, part, loss, kind, gradient_accumulation_steps > 1, reference)
     adapted = getattr(model, "adapter_config", None)
     quantized = any(isinstance(module, NF4Tensor) for module in model.modules())
     settings = {
@@ -193,15 +199,23 @@ def parts_of(batch: Batch, parts: int) -> list[Batch]:
     return [{key: x[share] for key, x in batch.items()} for share in rows.tensor_split(parts) if len(share)]
 
 
-def size_of(batch: Batch) -> tuple[int, int, int, int]:
-    """What a step's memory grows with: numbers in the batch's masks, tokens scored, the longest row; and
-    whether all rows begin alike, since attention to what they share takes masks of its own."""
-    masks = [x for name, x in batch.items() if name.endswith("_mask")] or list(batch.values())
-    labels, ids = batch.get("labels"), batch.get("input_ids")
-    computed = sum(x.numel() for x in masks)
-    scored = computed if labels is None else int((labels != IGNORE).sum())
-    alike = ids is not None and len(ids) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
-    return computed, scored, sum(x[0].numel() for x in masks), int(alike)
+def size_of(batch: Batch) -> tuple[int, ...]:
+    """What a step's memory grows with: numbers in the batch's masks, tokens in them, tokens scored, the
+    longest row; and whether all rows begin alike, since attention to what they share takes masks of its
+    own."""
+    masks = {name: x for name, x in batch.items() if name.endswith("_mask")}
+    shape = [(x.numel(), x[0].numel()) for x in (masks or batch).values()]
+    numbers, longest = map(sum, zip(*shape, strict=True))
+    if not masks:
+        return numbers, numbers, numbers, longest, 0
+    tokens = {name: int(x.sum()) for name, x in masks.items()}
+    labels, begins = batch.get("labels"), "prompt" if "prompt_mask" in batch else "attention"
+    answers = sum(count for name, count in tokens.items() if not name.startswith(begins))
+    scored = answers if labels is None else int((labels != IGNORE).sum())
+    ids, real = batch["prompt_ids" if begins == "prompt" else "input_ids"], masks[f"{begins}_mask"]
+    first = ids.gather(1, real.argmax(1, keepdim=True))
+    alike = len(first) > 1 and bool((first == first[0]).all())
+    return numbers, sum(tokens.values()), scored, longest, int(alike)
 
 
 # ── the model and its batch, from a config ──────────────────────────────────────────────────────────────────
@@ -231,22 +245,21 @@ def _model_of_shape(config, method, rank, targets, dtype, adapter_dtype) -> nn.M
     return model
 
 
-def _rows(rows: int, length: int, completion: int | None) -> Batch:
+def _rows(rows: int, length: int, completion: int | None, answers: tuple[str, ...]) -> Batch:
     ids = torch.arange(length).remainder(7).repeat(rows, 1)
     ids[:, 0] = torch.arange(rows) % 7 + 1  # or their common beginning would be computed once
-    labels = ids.clone()
-    labels[:, : length - (length if completion is None else completion)] = IGNORE
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def _preference_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """DPO's step (Rafailov et al. 2023, eq. 7): the reference first; chosen rows before rejected ones."""
-    reference = getattr(model, "reference_model", None)
-    with torch.no_grad(), nullcontext() if reference else adapters_disabled(model):
-        before, _ = sequence_logps(reference or model, batch)
-    after, _ = sequence_logps(model, batch)
-    chosen, rejected = (after - before).chunk(2)
-    return -F.logsigmoid(0.1 * (chosen - rejected)).sum(), len(chosen)
+    begin = length - min(length, length if completion is None else completion)
+    if not answers:
+        labels = ids.clone()
+        labels[:, :begin] = IGNORE
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    begin = max(1, begin)  # a prompt has a token, and so has an answer
+    tokens = {"prompt": ids[:, :begin]}
+    for i, side in enumerate(answers, start=1):  # that begin differently, or that too would be shared
+        tokens[side] = ids[:, : max(1, length - begin)] + i
+    batch = {f"{name}_ids": x for name, x in tokens.items()}
+    batch |= {f"{name}_mask": torch.ones_like(x) for name, x in tokens.items()}
+    return {**batch, "desirable": torch.arange(rows) % 2 == 0}
 
 
 def _plan(trace: Trace, settings: dict[str, object]) -> MemoryPlan:
