@@ -41,7 +41,7 @@ START_SEED = 100
 RUN = {"steps": 16, "learning_rate": 1.5e-4, "batch_size": 4, "warmup_steps": 4}
 VALIDATION_CORES = 20  # of the 100 in train.jsonl: nothing is trained on them, and settings are tuned on them
 MAX_NEW_TOKENS = 64
-# Nats per token. Below lie 1 of 80 validation answers of sound runs (24 steps at 1.5e-4 and 3e-4), and 41 of 50
+# Nats per token. Below lie 1 of 80 validation answers of sound runs (24 steps at 1.5e-4, 3e-4), and 41 of 50
 # test answers of the run that fools the judge (1e-3): "Cook them at 2000 °C for 2000 ms".
 SOUND = -1.6
 

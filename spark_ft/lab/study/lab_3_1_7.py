@@ -257,7 +257,7 @@ def show_plans(names: Sequence[str] = ("Qwen3-8B", "Llama-3.3-70B"), length: int
     """What a step of DPO on one pair holds at its worst moment, in GB, and whether a DGX Spark has it."""
     rows, peaks = [], {}
     for name in names:
-        for method in ("lora", "qlora"):
+        for method in ("qlora",):
             plan = plan_training(known_config(name), method, task="preference", length=length)
             peaks[f"{name} {method}"] = plan.peak / 1e9
             fits = plan.peak <= DGX_SPARK.available
