@@ -70,31 +70,36 @@ def show_pull(loss: Callable[..., Tensor], beta: float) -> None:
 
 
 def show_training(history: History) -> None:
-    """Log-probabilities per token, and the rewards with their margin, over a run's steps."""
+    """How far each step's pairs have moved from the reference, and the margin with its loss."""
     steps, found = history.steps, history.metrics
-    ends = {name: mean(found[name][-4:]) - mean(found[name][:2]) for name in ("chosen_logp", "rejected_logp")}
-    chosen, rejected = (f"{'falls' if x < 0 else 'rises'} by {abs(x):.2f}" for x in ends.values())
-    right = mean(found["accuracy"][-4:])
+    beta = experiment.SETTINGS["beta"]
+    gains = {side: [x / beta for x in found[f"{side}_reward"]] for side in ("chosen", "rejected")}
+    ends = {side: mean(values[-4:]) for side, values in gains.items()}
+    said = {side: f"{'risen' if x > 0 else 'fallen'} by {abs(x):.1f} nats" for side, x in ends.items()}
     fig, (left, other) = plots.figure(
-        f"Chosen {chosen} nats per token, rejected {rejected}; at the end {right:.0%} of pairs are right",
-        caption=f"embedded model from its SFT start, LoRA r16, {len(steps)} steps of 4 pairs, seed 0",
+        f"At the end chosen has {said['chosen']}, rejected has {said['rejected']}",
+        caption=f"embedded model from its SFT start, LoRA r16, {len(steps)} steps of 4 new pairs, seed 0; "
+        "measured from the reference, since every step has other pairs",
         columns=2,
         width=9.5,
         x="optimizer step",
     )
-    for role, name in (("yours", "chosen_logp"), ("package", "rejected_logp")):
-        left.plot(steps, found[name], label=name.removesuffix("_logp"), **plots.LINE[role])
-    left.set_ylabel("log-probability (nats per token)")
+    for role, (side, values) in zip(("yours", "package"), gains.items(), strict=True):
+        left.plot(steps, values, label=side, **plots.LINE[role])
+    left.set_ylabel("log π − log π_ref (nats per answer)")
+    left.axhline(0, color=plots.INK, linewidth=0.8)
     left.legend()
-    for role, name in (("yours", "chosen_reward"), ("package", "rejected_reward"), ("reference", "margin")):
-        other.plot(steps, found[name], label=name.replace("_", " "), **plots.LINE[role])
-    other.set_ylabel("implicit reward, β · nats")
-    other.axhline(0, color=plots.INK, linewidth=0.8)
+    for role, name, values in (
+        ("reference", "margin", found["margin"]),
+        ("other", "accuracy", found["accuracy"]),
+    ):
+        other.plot(steps, values, label=name, **plots.LINE[role])
+    other.set_ylabel("margin (β · nats); accuracy (share)")
     other.legend()
     plots.show(
         fig,
-        alt=f"Left: chosen {chosen} nats per token, rejected {rejected}. Right: the margin of the rewards "
-        f"goes from {found['margin'][0]:.2f} to {mean(found['margin'][-4:]):.2f}.",
+        alt=f"Left: at the end chosen has {said['chosen']}, rejected has {said['rejected']}. Right: the "
+        f"margin of the rewards goes from {found['margin'][0]:.2f} to {mean(found['margin'][-4:]):.2f}.",
     )
 
 
