@@ -337,7 +337,7 @@ PAIR_MODELS = {}
 def pair_model(kind, attention):
     """A model with adapters; "packed" computes a row of pairs."""
     if (kind, attention) not in PAIR_MODELS:
-        model = tiny_model(kind).double()  # in which rounding hides nothing
+        model = tiny_model(kind).double()  # transformers still turns positions and norms in fp32
         if attention == "packed":
             sc.use_packed_attention(model)
         else:
@@ -374,8 +374,9 @@ def test_a_row_of_pairs_gives_the_log_probabilities_and_gradient_of_plain_rows(
         (logps * logps.new_tensor([[1.0], [-0.7]]) + 0.3 * nll).sum().backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
         found.append([logps.detach().flatten(), nll.detach(), torch.cat(grads)])
-    for ours, theirs in zip(*found, strict=True):
-        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+    # eager's softmax is in fp32 whatever comes in, and these random models magnify its rounding
+    for ours, theirs, most in zip(*found, (1e-5, 1e-5, 1e-4 if attention == "eager" else 1e-5), strict=True):
+        assert (ours - theirs).norm() <= most * theirs.norm()
 
 
 def test_prompts_are_scored_apart_from_answers():
