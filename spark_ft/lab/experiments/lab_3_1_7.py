@@ -75,7 +75,7 @@ def before() -> dict[str, Any]:
 
 @experiment(
     settings=SETTINGS,
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     code=[*SHARED, before, tune_dpo, followed, with_shuffled_labels],
     data=PAIRS,
 )
@@ -90,7 +90,7 @@ def dpo_kitchen(seed: int) -> dict:
     return figures
 
 
-@experiment(settings=SETTINGS, seeds=(0, 1, 2), code=[*SHARED, tune_dpo, followed], data=PAIRS)
+@experiment(settings=SETTINGS, code=[*SHARED, tune_dpo, followed], data=PAIRS)
 def dpo_beta(seed: int) -> dict:
     """The same run at higher β, judged on the first questions; `dpo_kitchen` has β = 0.1."""
     asked = questions("test")[: SETTINGS["questions of the sweep"]]
@@ -102,7 +102,7 @@ def dpo_beta(seed: int) -> dict:
     return figures
 
 
-@experiment(settings=SETTINGS, seeds=(0,), code=[*SHARED, tune_dpo, followed], data=PAIRS)
+@experiment(settings=SETTINGS, code=[*SHARED, tune_dpo, followed], data=PAIRS)
 def dpo_fooled(seed: int) -> dict:
     """The same run at a rate that is far too high."""
     model, history = tune_dpo(seed, learning_rate=SETTINGS["learning_rate that fools the judge"])

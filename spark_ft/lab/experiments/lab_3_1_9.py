@@ -140,7 +140,7 @@ def run(
 OWN = [thumbs, learn, asked, run, *SHARED]
 
 
-@experiment(settings=SETTINGS, code=[*OWN, flipped, balanced, gains], data=[FEEDBACK, *shared.PAIRS])
+@experiment(settings=SETTINGS, seeds=range(5), code=[*OWN, flipped, balanced, gains], data=[FEEDBACK, *shared.PAIRS])
 def kto_thumbs(seed: int) -> dict:
     """KTO on the file's thumbs, and with every thumb flipped; and the gains behind its KL estimate."""
     rows = thumbs()
@@ -154,7 +154,7 @@ def kto_thumbs(seed: int) -> dict:
     }
 
 
-@experiment(settings=SETTINGS, code=[*OWN, lopsided, balanced], data=[FEEDBACK, *shared.PAIRS])
+@experiment(settings=SETTINGS, seeds=range(5), code=[*OWN, lopsided, balanced], data=[FEEDBACK, *shared.PAIRS])
 def kto_lopsided(seed: int) -> dict:
     """KTO on 10 thumbs up and 100 down of the file, with equal weights and with balanced ones."""
     rows = lopsided(seed)
@@ -165,7 +165,7 @@ def kto_lopsided(seed: int) -> dict:
     }
 
 
-@experiment(settings=SETTINGS, code=[*OWN, pairs_to_thumbs], data=shared.PAIRS)
+@experiment(settings=SETTINGS, seeds=range(5), code=[*OWN, pairs_to_thumbs], data=shared.PAIRS)
 def kto_on_pairs(seed: int) -> dict:
     """KTO on the pairs that lab 3.1.7's DPO gets, each taken apart: a thumb up and a thumb down."""
     rows = pairs_to_thumbs(shared.pairs("train"))
