@@ -4,13 +4,11 @@ import time
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import add_adapters
 from spark_ft.data.batches import preference_batches
 from spark_ft.data.judge import is_metric
-from spark_ft.embedded import EMBEDDED
 from spark_ft.lab.experiments.common import tune
 from spark_ft.lab.experiments.preferences import (
     PAIRS,
@@ -31,7 +29,6 @@ from spark_ft.memory.machine import measure
 from spark_ft.memory.plan import plan_training
 from spark_ft.memory.shapes import known_config
 from spark_ft.methods.preference import dpo_loss, ipo_loss, orpo_loss, simpo_loss
-from spark_ft.models import load_model
 from spark_ft.preferences import ReferenceLogps, preference_loss
 from spark_ft.scoring import sequence_logps
 from spark_ft.training import Loss
@@ -84,7 +81,7 @@ def nll_alone(chosen: Tensor, nll: Tensor) -> Tensor:
 
 
 def one_rate(method: str, rate: float, seed: int = 100) -> dict[str, float]:
-    """A run from seed 0's start, judged on cores that nothing is trained on or tested on."""
+    """A run judged on cores that nothing is trained on or tested on."""
     start, tokenizer = sft_start()
     model, _ = prefer(pairs("train"), seed, method_loss(method), learning_rate=rate, model=start, **STEPS)
     found = judged(model, tokenizer, questions("validation"))
@@ -92,9 +89,9 @@ def one_rate(method: str, rate: float, seed: int = 100) -> dict[str, float]:
     return {"good": good} | {key: found[key] for key in ("metric", "looping", "cut")} | {"KL": found["kl"]}
 
 
-def tuned_run(method: str, seed: int, from_base: bool = False) -> dict[str, Any]:
-    """A run with the method's own rate, its processor time, and its judged answers to the test questions."""
-    start, tokenizer = load_model(EMBEDDED, dtype=torch.float32) if from_base else sft_start(seed)
+def tuned_run(method: str, seed: int) -> dict[str, Any]:
+    """A run from lab 3.1.7's start with the method's own rate: its CPU time, and its judged test answers."""
+    start, tokenizer = sft_start()
     rate, began = TUNED[method], time.process_time()
     model, run = prefer(pairs("train"), seed, method_loss(method), learning_rate=rate, model=start, **STEPS)
     seconds = time.process_time() - began

@@ -140,7 +140,12 @@ def run(
 OWN = [thumbs, learn, asked, run, *SHARED]
 
 
-@experiment(settings=SETTINGS, seeds=range(5), code=[*OWN, flipped, balanced, gains], data=[FEEDBACK, *shared.PAIRS])
+@experiment(
+    settings=SETTINGS,
+    seeds=range(5),
+    code=[*OWN, flipped, balanced, gains],
+    data=[FEEDBACK, *shared.PAIRS],
+)
 def kto_thumbs(seed: int) -> dict:
     """KTO on the file's thumbs, and with every thumb flipped; and the gains behind its KL estimate."""
     rows = thumbs()
@@ -154,7 +159,12 @@ def kto_thumbs(seed: int) -> dict:
     }
 
 
-@experiment(settings=SETTINGS, seeds=range(5), code=[*OWN, lopsided, balanced], data=[FEEDBACK, *shared.PAIRS])
+@experiment(
+    settings=SETTINGS,
+    seeds=range(5),
+    code=[*OWN, lopsided, balanced],
+    data=[FEEDBACK, *shared.PAIRS],
+)
 def kto_lopsided(seed: int) -> dict:
     """KTO on 10 thumbs up and 100 down of the file, with equal weights and with balanced ones."""
     rows = lopsided(seed)
