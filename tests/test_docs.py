@@ -32,6 +32,11 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def flat(name: str) -> str:
+    """A page's text with every line break and run of spaces as one space: wrapping a line changes nothing."""
+    return " ".join(read(name).split())
+
+
 def blocks(name: str, language: str) -> list[tuple[int, str, str]]:
     """(line of the first code line, the fence's other words, code) of a page's blocks in that language."""
     page, found = read(name), []
@@ -181,7 +186,7 @@ def test_counted_numbers_of_the_eli5_page_are_right():
     adapter = layers * 16 * (2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + mlp))
     nf4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
     checkpoints = layers * 2048 * hidden * 2
-    page = read("ELI5.md")
+    page = flat("ELI5.md")
     for counted in (
         f"{1000 * 1000 * 4 / 1e6:.0f} MB in fp32",
         f"{2 * 16 * 1000 * 4 / 1000:.0f} KB: {2 * 16 / 1000:.1%}",
@@ -190,7 +195,7 @@ def test_counted_numbers_of_the_eli5_page_are_right():
         f"({adapter / 1e6:.0f} million numbers beside {linear / 1e9:.2f} billion)",
         f"{(linear + other) / 1e9:.2f} billion weights in the plain way",
         f"{16 * (linear + other) / 1e9:,.0f} GB",
-        f"{8 * nf4:.3f}\nbits where it took 16: {2 / nf4:.1f} times smaller",
+        f"{8 * nf4:.3f} bits where it took 16: {2 / nf4:.1f} times smaller",
         f"from {2 * (linear + other) / 1e9:.1f} GB to {(nf4 * linear + 2 * other) / 1e9:.1f} GB",
         f"{2 * (linear + other) / (nf4 * linear + 2 * other):.1f} times smaller",
         f"| linear layers, {linear / 1e9:.2f} billion weights in NF4 | {nf4 * linear / 1e9:.1f} |",
@@ -201,7 +206,7 @@ def test_counted_numbers_of_the_eli5_page_are_right():
         f"{8.19 * 2:.1f} GB in bf16 for 8.19 billion weights",
     ):
         assert counted in page, f"ELI5.md should say: {counted}"
-    assert f"{sum(map(float, qlora_table(page))):.0f}" == "45"
+    assert f"{sum(map(float, qlora_table(read('ELI5.md')))):.0f}" == "45"
 
 
 def whole_logits(model, batch):
@@ -222,23 +227,48 @@ def test_the_qlora_table_of_the_eli5_page_is_the_plan():
         (trace.CONTEXT,),
         (trace.PASSING, trace.LOGITS),
     ]
-    page = read("ELI5.md")
-    assert qlora_table(page) == [f"{sum(plan.terms[name] for name in names) / 1e9:.1f}" for names in terms]
+    page = flat("ELI5.md")
+    sums = [sum(plan.terms[name] for name in names) / 1e9 for names in terms]
+    assert qlora_table(read("ELI5.md")) == [f"{gigabytes:.1f}" for gigabytes in sums]
     first, second = (f"{plan.peak / 1e9:.0f} GB" for plan in (short, plan))
     assert f"about {first} at its worst moment for rows of 512 tokens, and about {second} for rows of" in page
     full = [plan_training(shape, "qlora", length=length).peak for length in lengths]
     more = " to ".join(f"{(b - a.peak) / 1e9:.1f}" for a, b in zip((short, plan), full, strict=True))
-    assert f"In\nfp32 the notes take {more} GB more" in page
+    assert f"In fp32 the notes take {more} GB more" in page
     usual = {"dtype": torch.float32, "loss": whole_logits}
     peaks = [plan_training(shape, "qlora", length=length, **usual).peak / 1e9 for length in lengths]
     assert "preparation does, it is {:.0f} and {:.0f} GB".format(*peaks) in page
 
 
 def test_names_in_the_eli5_glossary_exist():
-    table = read("ELI5.md").partition("## From ELI5 to technical")[2].partition("\n## ")[0]
+    table = read("ELI5.md").partition("From ELI5 to Technical\n")[2].partition("\n## ")[0]
     names = re.findall(r"`(\w+)[^`]*`", table)
     assert {"LoRALinear", "load_model", "merge_adapters"} <= set(names)
     assert not [name for name in names if not hasattr(spark_ft, name)]
+
+
+PARTS = ["The Jargon-Free Version", "The Analogy", "A Visual", "Common Misconception"]
+PARTS += ["Where the Picture Ends", "When You're Ready for Details"]
+SECTIONS = ["Fine-Tuning", "LoRA", "QLoRA", "DoRA", "NEFTune", "Data", "DPO", "SimPO, ORPO, KTO", "KTO"]
+MYTH = re.compile(r"\n❌ \*\*People often think\*\*: .+\n✅ \*\*But actually\*\*: .+\n\n###")
+
+
+def test_every_section_of_the_eli5_page_has_its_parts_and_at_most_180_words_outside_folds():
+    sections = re.split(r"^## 🧒 ", read("ELI5.md").partition("\n## 🔗 ")[0], flags=re.M)[1:]
+    names = [section.partition(":")[0] for section in sections]
+    assert names == SECTIONS
+    for name, section in zip(names, sections, strict=True):
+        parts = [part for part in re.findall(r"^### (.*)$", section, re.M) if part != "Quick Decision Guide"]
+        assert parts == PARTS, f"{name} has other parts"
+        assert len(MYTH.findall(section)) == 1, f"{name}: ❌ and ✅ in two lines"
+        assert len(re.findall(r"^<details>$.*?^</details>$", section, re.M | re.S)) == 1, f"{name}: one fold"
+        open_text = re.sub(r"<details>.*?</details>", "", FENCE.sub("", section), flags=re.S)
+        open_text = re.sub(r"^[|#].*$|\]\([^)]*\)|<a .*?</a>", "", open_text, flags=re.M)
+        words = len(re.findall(r"\w[\w'’-]*", open_text))
+        assert words <= 180, f"{name}: {words} words outside its fold"
+    guide = next(section for section in sections if section.startswith("SimPO"))
+    guide = guide.partition("### Quick Decision Guide\n```\n")[2].partition("```")[0].splitlines()
+    assert [re.search(r"→ +(\w+)", line)[1] for line in guide] == ["DPO", "SimPO", "ORPO", "KTO"]
 
 
 def test_quick_reference_explains_every_field_of_the_adapter_config():

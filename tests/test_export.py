@@ -33,9 +33,11 @@ from spark_ft import (
     verify_gguf,
 )
 from spark_ft.adapters import adapted_layers
+from spark_ft.cli import main as cli
 from spark_ft.embedded import _embedded_gguf
 from spark_ft.export import gguf as writing
 from spark_ft.export import tokens as tokenizing
+from spark_ft.export import verify as verifying
 from spark_ft.export.reader import read_gguf
 from spark_ft.export.verify import PROMPTS, TEXTS
 from spark_ft.export.weights import Weights
@@ -43,6 +45,7 @@ from spark_ft.files import ROOT
 from spark_ft.lab.kitchen import kitchen_adapter, tickets
 from spark_ft.models import load_tokenizer
 
+DEFAULTS = verify_gguf.__kwdefaults__
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -320,6 +323,11 @@ def test_an_adapted_head_that_is_the_embedding_too_becomes_a_head_of_its_own(tok
     complains((export_adapter, (base, folder, tmp_path / "b.gguf"), "the head, which is the embedding too"))
 
 
+def test_a_model_in_memory_has_the_tokenizer_of_its_base(embedded):
+    model, tokenizer = embedded
+    assert Weights(model, None).tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
 # --- from 4 bits ----------------------------------------------------------------------------------
 def test_from_4_bits_it_goes_back_to_the_originals_or_says_what_that_costs(small, tokenizer, tmp_path):
     base, folder, _ = small
@@ -464,6 +472,30 @@ def test_an_export_needs_one_tensor_over_nothing(tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT, check=True)
     assert float(said.stdout.split()[-1]) < 300  # measured: 221
+
+
+def test_the_command_writes_shows_a_bar_verifies_and_says_what_is_wrong(small, tmp_path, capsys, monkeypatch):
+    base, folder, _ = small
+    monkeypatch.setitem(verifying.LIMITS, "F16", (0.02, 0.3, 1e-3))  # of random weights
+    monkeypatch.setattr(verifying.verify_gguf, "__kwdefaults__", {**DEFAULTS, "prompts": PROMPTS[:2]})
+    given = ["--model", str(base), "--adapter", str(folder)]
+    path = tmp_path / "out" / "kitchen.gguf"
+    assert cli(["export", str(path), *given, "--modelfile"]) == 0
+    said = capsys.readouterr()
+    assert "kitchen.gguf (f16): 100%" in said.err
+    assert "✓ the file is the model" in said.out
+    assert f"cd {path.parent}\nollama create kitchen -f Modelfile" in said.out
+    assert path.read_bytes() == export_gguf(base, folder, tmp_path / "same.gguf").read_bytes()
+    assert (path.parent / "Modelfile").is_file()
+    assert cli(["export", str(tmp_path / "a.gguf"), *given, "--alone"]) == 0
+    assert read_gguf(tmp_path / "a.gguf").fields["general.type"] == "adapter"
+    assert cli(["export", str(tmp_path / "folder"), *given, "--dtype", "bf16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "folder").dtype == torch.bfloat16
+    assert cli(["export", str(path), *given, "--dtype", "q6_k"]) == 1
+    assert 'spark-ft export: dtype="q6_k" is unknown' in capsys.readouterr().err
+    monkeypatch.setattr(writing, "in_llama_order", lambda tensor, *_: tensor)
+    assert cli(["export", str(path), *given]) == 1
+    assert "✗ the weights of Q and K" in capsys.readouterr().out
 
 
 # --- the embedded model, tuned to write kitchen tickets -------------------------------------------

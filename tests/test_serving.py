@@ -150,6 +150,8 @@ def test_adapters_are_chosen_per_request_and_the_global_switch_keeps_a_stale_cac
             return [token["logprob"] for token in said["completion_probabilities"]][:1]
 
         globally(1.0)
+        assert asked(None) == first[None]  # a request that names every scale does not see the global one
+        globally(1.0)
         stale = globally(0.0)  # with the kitchen's keys and values of the prompt
         assert abs(stale[0] - first[None].logps[0]) > 0.01
 

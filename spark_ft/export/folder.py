@@ -16,7 +16,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from spark_ft.export.weights import Weights
-from spark_ft.models import load_tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -51,7 +50,7 @@ def export_safetensors(
     if folder.exists() and not _is_export(folder):
         raise FileExistsError(f"{folder} holds other things than an exported model; name a folder of its own")
     weights = Weights(base, adapter_folder)
-    tokenizer = tokenizer or load_tokenizer(weights.source or weights.title)
+    tokenizer = tokenizer or weights.tokenizer()
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

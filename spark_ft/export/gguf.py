@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from spark_ft.export.tokens import add_tokenizer
 from spark_ft.export.weights import Weights
 from spark_ft.files import write_atomically
-from spark_ft.models import load_tokenizer, open_model
+from spark_ft.models import open_model
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers' name → llama.cpp's
 # name → the matrices' type, llama.cpp's number for the file, and the embedding's and head's type
@@ -66,8 +66,7 @@ def export_gguf(
     arch, name_of = names_in_gguf(weights.config, weights.title)
     kind, file_type, ends_kind = DTYPES[dtype]
     _refuse_the_same_grid(weights, kind, dtype)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(weights.source or weights.title)
+    tokenizer = tokenizer or weights.tokenizer()
 
     def write(temporary: Path) -> None:
         with closing(GGUFWriter(temporary, arch)) as writer:

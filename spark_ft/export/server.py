@@ -213,11 +213,11 @@ def serve(
         ImportError: xllamacpp, which brings llama.cpp, is not installed.
         RuntimeError: llama.cpp does not start; its last words.
     """
-    model, adapters = _require_kind(path, "a model"), dict(adapters or {})
+    model, adapters = require_kind(path, "a model"), dict(adapters or {})
     for name, file in adapters.items():
         base, own = (
             model.get("general.architecture"),
-            _require_kind(file, "an adapter")["general.architecture"],
+            require_kind(file, "an adapter")["general.architecture"],
         )
         if own != base:
             raise ValueError(f'{file}: the adapter "{name}" is for a {own} model, and {path} is a {base}')
@@ -271,8 +271,8 @@ def _end(child: subprocess.Popen) -> None:
     child.stdout.close()
 
 
-def _require_kind(path: str | os.PathLike, kind: str) -> dict:
-    """The fields of a file that is a model, or an adapter; llama.cpp's own errors are all alike."""
+def require_kind(path: str | os.PathLike, kind: str) -> dict:
+    """A file's fields, if it is "a model" or "an adapter" as asked; llama.cpp's own errors are all alike."""
     fields = read_gguf(path).fields
     found = fields.get("general.type", "model")
     if found != kind.split()[1]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spark_ft.adapters import adapted_layers
 from spark_ft.export.gguf import in_own_order, names_in_gguf
 from spark_ft.export.reader import GGUFFile, read_gguf
-from spark_ft.export.server import Chat, Server, serve
+from spark_ft.export.server import Chat, Server, require_kind, serve
 from spark_ft.methods.nf4 import NF4Tensor
 from spark_ft.scoring import evaluating
 
@@ -140,8 +140,11 @@ def verify_gguf(
             "the model is in 4 bits, and an export holds W + ΔW of the original weights; load it without "
             'quantize="nf4", and the adapter with load_adapters'
         )
+    require_kind(path, "a model")
     file = read_gguf(path)
     kind = file.tensors["blk.0.attn_q.weight"][1].name
+    if kind not in LIMITS:
+        raise ValueError(f"{path} is in {kind}; {', '.join(LIMITS)} can be verified")
     with serve(path, {} if adapter is None else {"adapter": adapter}) as server:
         tokens, texts, faults = _tokens(server, tokenizer, prompts)
         greedy, gaps = _answers(server, model, tokenizer, prompts, max_tokens, adapter and "adapter")
@@ -235,17 +238,18 @@ class _Layer:
 def _numbers(file: GGUFFile, model: nn.Module, kind: str, lora: GGUFFile | None) -> tuple[float | None, list]:
     """How much of the update is in the file, and what the numbers of some layers say is wrong."""
     _, name_of = names_in_gguf(model.config, file.path.name)
-    last = model.config.num_hidden_layers - 1
-    inside = tuple(f"model.layers.{i}." for i in {0, last // 2, last})
     adapted, layers = adapted_layers(model), []
+    blocks = sorted({int(path.split(".")[2]) for path in adapted if path.startswith("model.layers.")})
+    blocks = blocks or range(model.config.num_hidden_layers)
+    inside = tuple(f"model.layers.{blocks[i]}." for i in (0, len(blocks) // 2, -1))
     for path, module in model.named_modules():
-        if not path.startswith(inside) or not (path in adapted or type(module) is nn.Linear):
-            continue
-        if path.rpartition(".")[0] in adapted:  # the base of an adapted layer
+        chosen = path in adapted or (type(module) is nn.Linear and path.rpartition(".")[0] not in adapted)
+        if not chosen or not (path.startswith(inside) or (path == "lm_head" and path in adapted)):
             continue
         name = name_of(f"{path}.weight")
         W = module.weight.detach().float().cpu()
-        update = module.delta_weight().detach().float().cpu() if path in adapted else torch.zeros_like(W)
+        apart = path in adapted and not module.merged
+        update = module.delta_weight().detach().float().cpu() if apart else torch.zeros_like(W)
         stored, limit = file.read(name), LIMITS[kind][2]
         found = in_own_order(stored, path, model.config)
         if lora is None:
@@ -304,6 +308,6 @@ def _judge(layers: list[_Layer], alone: bool, adapted: set[str]) -> tuple[float 
     if abs(share) <= blur:
         return share, ["the file holds the base: the adapter was never applied"]
     if abs(share - 1) > blur:
-        why = "alpha, the rank, or rsLoRA's root was taken wrong"
+        why = "alpha, the rank, or rsLoRA's root was taken wrong; or the base already lay on the file's grid"
         return share, [f"the file holds {share:.0%} of the adapter's update: {why}"]
     return share, []

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from spark_ft.adapters import METHODS, adapted_layers, fill, read_adapter
+from spark_ft.embedded import EMBEDDED, EMBEDDED_HUB_ID
 from spark_ft.methods.lora import LoRALinear
 from spark_ft.methods.nf4 import NF4Tensor
-from spark_ft.models import ModelOnDisk, load_model, open_model
+from spark_ft.models import ModelOnDisk, load_model, load_tokenizer, open_model
 
 GONE = (
     "the original weights are gone: what is exported is what 4 bits left of them. In 16 bits nothing more is "
@@ -71,19 +72,23 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """A tensor as it is to be written: W + ΔW in fp32 where the adapter has an update."""
         layer, _, part = name.rpartition(".")
-        return self.adapted(layer).weight if part == "weight" and layer in self.parts else self.original(name)
+        return self._merged(layer).weight if part == "weight" and layer in self.parts else self.original(name)
+
+    def tokenizer(self):
+        """The base's own."""
+        embedded = self.title == EMBEDDED_HUB_ID != os.environ.get("SPARK_FT_MODEL")
+        return load_tokenizer(self.source or (EMBEDDED if embedded else self.title))
 
     @torch.no_grad()
-    def adapted(self, name: str, merged: bool = True) -> LoRALinear:
-        """A layer as `load_adapters` makes it, in fp32, with a copy of its own of W."""
+    def _merged(self, name: str) -> LoRALinear:
+        """A layer as `load_adapters` makes it, in fp32, merged into a copy of W."""
         W, config = self.original(f"{name}.weight").to(torch.float32, copy=True), self.adapter
         base = nn.Linear(*reversed(W.shape), bias=False, device="meta")
         base.weight = nn.Parameter(W)
         with torch.random.fork_rng():  # a new A draws numbers
             layer = METHODS[config.method](base, config.rank, config.alpha, 0.0, config.rslora)
         fill(layer, self.parts[name])
-        if merged:
-            layer.merge()
+        layer.merge()
         return layer.requires_grad_(False)
 
 
