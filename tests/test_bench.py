@@ -172,9 +172,12 @@ def test_bad_arguments_are_named(capsys):
 
 @pytest.mark.slow
 def test_spark_ft_equals_peft_trl_and_bitsandbytes(capsys):
-    """Loss and gradient of whole steps with LoRA, DoRA and QLoRA, of a layer and of NF4."""
-    assert cli(["parity"]) == 0
-    assert capsys.readouterr().out.count(" equal: ") == len(cases.PARITY) >= 5
+    """Loss and gradient of whole steps with LoRA, DoRA and QLoRA, of a layer and of NF4; preference steps
+    are compared on a tiny model below, and on the embedded one by `spark-ft parity`."""
+    rows = ["sft-step", "dora-step", "qlora-step", "lora-layer", "nf4-dequantize"]
+    assert set(rows) < set(cases.PARITY)
+    assert cli(["parity", *rows]) == 0
+    assert capsys.readouterr().out.count(" equal: ") == len(rows)
 
 
 def tiny_start(tokenizer):

@@ -343,7 +343,7 @@ def process_bytes(method, length):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it is known to the byte on Linux alone")
-@pytest.mark.parametrize(("method", "length"), [("full", 512), ("lora", 128), ("lora", 1024), ("qlora", 512)])
+@pytest.mark.parametrize(("method", "length"), [("full", 256), ("lora", 64), ("lora", 384), ("qlora", 256)])
 def test_the_plan_is_within_a_tenth_of_what_a_fresh_process_takes(method, length):
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         process, planned = fresh.submit(process_bytes, method, length).result()

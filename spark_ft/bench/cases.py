@@ -41,10 +41,9 @@ from spark_ft.preferences import feedback_loss, preference_loss
 from spark_ft.scoring import packed_row, sft_loss
 from spark_ft.training import Loss
 
-# ── rows: one SFT step against TRL's SFTTrainer with PEFT
-# ─────────────────────────────────────────────────── Both sides get our token ids. From the text, TRL would
-# also score the newline that the template writes after the answer's last token; it takes a dataset with
-# `input_ids` and `completion_mask` as it is.
+# ── rows: one SFT step against TRL's SFTTrainer with PEFT ────────────────────────────────────────────────
+# Both sides get our token ids. From the text, TRL would also score the newline that the template writes
+# after the answer's last token; it takes a dataset with `input_ids` and `completion_mask` as it is.
 
 SFT_ROWS, SFT_RANK, SFT_RATE, SFT_LENGTH, SFT_CLIP = 8, 16, 1e-4, 512, 1.0
 DROPOUT = 0.05
@@ -55,10 +54,8 @@ def _sft_model(quantized: bool = False):
         model, tokenizer = load_model(str(peers.four_bit_folder()), dtype=torch.float32)
     else:
         model, tokenizer = load_model(dtype=torch.float32)
-    for (
-        parameter
-    ) in model.parameters():  # mapped from disk until read, which the first step's memory would count
-        parameter.sum()
+    for parameter in model.parameters():
+        parameter.sum()  # mapped from disk until read, which the first step's memory would count
     return model, tokenizer, _sft_records()
 
 
@@ -434,9 +431,9 @@ def _nf4_theirs() -> Side:
     return _dequantizing(peers.bitsandbytes_nf4(_nf4_weight(), double_quant=False)[2])
 
 
-# ── row: a million records read one by one, each checked, against `datasets`
-# ──────────────────────────────── Theirs streams the same file and checks no field. The "loss" is the number
-# of rows and the "gradient" the bytes of their SHA-256, so that a single row that differs stops the bench.
+# ── row: a million records read one by one, each checked, against `datasets` ─────────────────────────────
+# Theirs streams the same file and checks no field. The "loss" is the number of rows and the "gradient" the
+# bytes of their SHA-256, so that a single row that differs stops the bench.
 
 READ_ROWS = 1_000_000
 

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-LARGE = (
-    2**26
-)  # a real tensor of indices with more numbers than this is not made for a plan; it gets no memory either
+# A real tensor of indices with more numbers than this is not made for a plan; it gets no memory either.
+LARGE = 2**26
 
 
 def _attention_flop(query, key, value, *_, **__) -> int:
@@ -111,11 +110,12 @@ class Tracker(TorchDispatchMode):
         run = self._without_memory if self.fake else lambda *_: function(*args, **kwargs)
         result = run(function, args, kwargs, inputs)
         self._count_flops(function, args, kwargs, result)
-        given = {tensor.untyped_storage()._cdata for tensor in inputs} | self._of.keys()
+        given = {tensor.untyped_storage()._cdata for tensor in inputs}
         for x in tree_leaves(result):
             if not isinstance(x, Tensor) or x.is_meta or (isinstance(x, FakeTensor) and not self.fake):
                 continue  # of a shape alone; a plan that runs inside a measured block takes no memory
-            if x.untyped_storage()._cdata not in given:
+            key = x.untyped_storage()._cdata
+            if key not in given and key not in self._of:
                 self.count(x, self.label(x, inputs))
         return result
 

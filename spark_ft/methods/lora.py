@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from spark_ft.methods.fused import at_least_fp32, rows, without_autocast
 from spark_ft.methods.nf4 import NF4Linear
 
-SAME_AS_LINEAR = (
-    "FalconLinear",
-)  # subclasses of nn.Linear whose own `forward` computes what nn.Linear's does
+SAME_AS_LINEAR = ("FalconLinear",)  # subclasses whose own `forward` computes what nn.Linear's does
 PLAIN_WEIGHTS = ("Parameter", "FakeTensor")  # types that are just numbers; the second is a memory plan's
 
 
