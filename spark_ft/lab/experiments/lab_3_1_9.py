@@ -142,7 +142,6 @@ OWN = [thumbs, learn, asked, run, *SHARED]
 
 @experiment(
     settings=SETTINGS,
-    seeds=range(5),
     code=[*OWN, flipped, balanced, gains],
     data=[FEEDBACK, *shared.PAIRS],
 )
