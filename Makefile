@@ -1,5 +1,6 @@
 # make lab    JupyterLab on the first lab          make labs   every lab, headless, and a table of results
-# make test   every test, notebooks included       make test-fast   the tests without notebooks, two at a time
+# make test   every test, notebooks included       make test-fast   without notebooks and slow tests
+#             (both run two tests at a time, one thread each: on two cores that is faster than one with two)
 # make kernel this environment as a kernel named "spark_ft", for a JupyterLab that runs already (a DGX Spark's dashboard)
 # Each sets itself up first, in .venv; a second run finds that done. Settings:
 #   PYTHON=python3.12       the Python to make .venv with, 3.11 or newer
@@ -34,10 +35,10 @@ labs: $(READY)
 	@$(PY) -m spark_ft.lab.run $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not notebooks and not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not notebooks and not slow" $(ARGS)
 
 build: $(READY)
 	$(PY) -m spark_ft.lab.build $(ARGS)

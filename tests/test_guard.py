@@ -10,6 +10,7 @@ from torch import nn
 
 from spark_ft import dpo_loss, feedback_loss, kto_loss, preference_loss
 from spark_ft.adapters import AdapterConfig, add_adapters
+from spark_ft.memory import guard as guard_module
 from spark_ft.memory import machine
 from spark_ft.memory.guard import Guard, cut_advice, fit_report
 from spark_ft.memory.machine import DGX_SPARK, GIB, MemoryBudget
@@ -74,19 +75,29 @@ def lengths_that_run(monkeypatch, schedule, total):
 @pytest.mark.slow
 def test_random_schedules_start_all_steps_that_fit_and_no_others(monkeypatch):
     trained = model(2, hidden_size=32)
-    need = {n: plan_step(trained, token_batch(rows=2, length=n)).peak for n in range(12, 200, 4)}
+    need = {n: plan_step(trained, token_batch(rows=2, length=n)).peak for n in range(12, 204, 12)}
+    known = {}
+
+    def planned_once(model, batch, *how):
+        """The plan of a step, made once for a batch: the model is the same in every schedule."""
+        key = *how[1:], *(tuple(x.flatten().tolist()) for x in batch.values())
+        if key not in known:
+            known[key] = plan_step(model, batch, *how)
+        return known[key]
+
+    monkeypatch.setattr(guard_module, "plan_step", planned_once)
     rng = random.Random(0)
     refusals = 0
-    for _ in range(30):
-        schedule = [rng.randrange(12, 200, 4) for _ in range(4)]
-        total = need[rng.randrange(40, 200, 4)] + rng.randrange(-1000, 1000)
+    for _ in range(100):
+        schedule = [rng.randrange(12, 204, 12) for _ in range(3)]
+        total = need[rng.randrange(48, 204, 12)] + rng.randrange(-1000, 1000)
         with monkeypatch.context() as patched:
             begun, peaks, refused = lengths_that_run(patched, schedule, total)
         assert max(peaks, default=0) <= total, (schedule, total, begun)
         if refused is not None:
             refusals += 1
             assert need[refused] > total / 1.1, (schedule, total, refused)
-    assert 5 < refusals < 25
+    assert 20 < refusals < 80
 
 
 def test_the_step_that_is_too_long_is_refused_by_its_largest_term_and_the_model_is_as_it_was(monkeypatch):
