@@ -283,7 +283,7 @@ SIMPO_MISTAKES: dict[str, Formula] = {
 def check_simpo_loss(answer: Callable[..., Tensor]) -> str:
     """−log σ(β (chosen − rejected) − γ)."""
     settings = (
-        {"beta": 2.5, "gamma": 0.6}, {"beta": 5.0, "gamma": 1.5}, {}, {"beta": 10.0, "gamma": 0.3},
+        {"beta": 2.5, "gamma": 0.6}, {"beta": 1.4, "gamma": 1.5}, {}, {"beta": 10.0, "gamma": 0.3},
         {"beta": 4.0, "gamma": 0.0},
     )  # fmt: skip
     batches = _batches(("chosen", "rejected"), settings)

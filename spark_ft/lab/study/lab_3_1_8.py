@@ -234,7 +234,7 @@ class Runs:
         self.seeds = len(others["runs"])
         self.runs = {name: dpo.values(name)[: self.seeds] for name in ("before", "DPO")}
         self.runs |= {name: others.values(name) for name in METHODS[1:]}
-        self.runs |= {name: imitation.values(name) for name in ("NLL", "ORPO from base", "NLL from base")}
+        self.runs["NLL"] = imitation.values("NLL")
 
     def values(self, run: str, what: str) -> list[float]:
         """A stored figure, or the percentage of answers that are metric, sound, looping, cut or good.
@@ -270,7 +270,7 @@ def show_methods(stored: Runs) -> None:
         row |= {f"{what} (%)": _level(stored.values(run, what)) for what in ("good", "metric")}
         row |= {f"{what} (%)": f"{mean(stored.values(run, what)):.0f}" for what in ("sound", "looping")}
         row["tokens"] = _level(stored.values(run, "tokens"))
-        row["KL (nats)"] = _level(stored.values(run, "kl"), 1)
+        row["KL (nats)"] = _level(stored.values(run, "kl"), 2)
         rows.append(row)
     show_table(rows, f"{stored.runs['DPO'][0]['asked']} questions; mean [95% t interval]. {stored.origin}")
 
@@ -323,7 +323,8 @@ def show_verdicts(stored: Runs) -> None:
         ax.set_yticks(range(len(found)), list(found) if ax is axes[0] else [""] * len(found))
     rows = []
     for pair, figures in found.items():
-        words = {unit: f"{d.signed(1)} {verdict(d, 'more', 'less')}" for unit, (_, d) in figures.items()}
+        digits = {unit: 2 if what == "kl" else 1 for unit, what in FIGURES.items()}
+        words = {u: f"{d.signed(digits[u])} {verdict(d, 'more', 'less')}" for u, (_, d) in figures.items()}
         rows.append({"pair": pair} | words)
     alt = "; ".join(f"{row['pair']}: " + ", ".join(f"{u} {row[u]}" for u in FIGURES) for row in rows)
     plots.show(fig, alt=f"{title}. {alt}.")
@@ -331,17 +332,17 @@ def show_verdicts(stored: Runs) -> None:
 
 
 def show_nll(stored: Runs) -> None:
-    """What ORPO and its NLL alone gain, from the SFT start and from the base model."""
+    """What ORPO and its NLL alone gain from the same start."""
     rows = []
-    for start, suffix in (("the SFT start", ""), ("the base model", " from base")):
-        orpo, nll = (stored.values(f"{run}{suffix}", "good") for run in ("ORPO", "NLL"))
+    for what in ("metric", "good"):
+        before, orpo, nll = (stored.values(run, what) for run in ("before", "ORPO", "NLL"))
         apart = paired_difference(orpo, nll)
-        row = {"from": start}
-        row["at the start (%)"] = "–" if suffix else f"{mean(stored.values('before', 'good')):.0f}"
+        row = {"answers": what, "at the start (%)": f"{mean(before):.0f}"}
         row |= {"ORPO (%)": _level(orpo), "the NLL alone (%)": _level(nll)}
         row["ORPO − NLL (points)"] = f"{apart.signed(0)} {verdict(apart, 'more', 'less')}"
+        row["of ORPO's gain, the NLL's"] = f"{(mean(nll) - mean(before)) / (mean(orpo) - mean(before)):.0%}"
         rows.append(row)
-    show_table(rows, f"good answers; mean and 95% t interval. {stored.origin}")
+    show_table(rows, f"mean and 95% t interval. {stored.origin}")
 
 
 # ── the cost ────────────────────────────────────────────────────────────────────────────────────────────────
