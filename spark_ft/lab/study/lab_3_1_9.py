@@ -132,10 +132,11 @@ def show_reference_points(stored: Measurement, batch: int, seed: int = 0) -> Non
 
 def show_flipped(thumbs: Measurement, pairs: Measurement) -> dict[str, Estimate]:
     """Draw metric and imperial answers before, after KTO, and after KTO on flipped thumbs."""
+    start = pairs.values("before")[: len(thumbs["runs"])]  # the same answers for every seed
     change = {
-        name: paired_difference(of(thumbs, name), of(pairs, "before")) for name in ("thumbs", "flipped")
+        name: paired_difference(of(thumbs, name), [*map(metric, start)]) for name in ("thumbs", "flipped")
     }
-    more = paired_difference(of(thumbs, "flipped", imperial), of(pairs, "before", imperial))
+    more = paired_difference(of(thumbs, "flipped", imperial), [*map(imperial, start)])
     told = [
         part
         for part in (
@@ -147,7 +148,7 @@ def show_flipped(thumbs: Measurement, pairs: Measurement) -> dict[str, Estimate]
     _show_runs(
         "; ".join(told).capitalize() or "Cannot tell",
         {
-            "before": pairs.values("before"),
+            "before": start,
             "true thumbs": thumbs.values("thumbs"),
             "flipped thumbs": thumbs.values("flipped"),
         },
