@@ -319,6 +319,7 @@ def show_verdicts(stored: Runs) -> None:
             ax.errorbar([d.value], [place], xerr=spread, capsize=3, **plots.LINE["yours"])
         ax.axvline(0, color=plots.INK, linewidth=0.8)
         ax.set_xlabel(f"difference in {unit}")
+        ax.set_ylabel("pair of methods")
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.set_yticks(range(len(found)), list(found) if ax is axes[0] else [""] * len(found))
     rows = []
