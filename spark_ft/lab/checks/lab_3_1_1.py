@@ -25,8 +25,9 @@ from spark_ft.lab.checks import (
 # What to add where PyTorch complains; "leaf" is its word for a parameter changed under autograd.
 MENDS = {
     "leaf": "add inside torch.no_grad(), to the weight in place",
-    "": "x is (…, in), A (rank, in), B (out, rank): the update is x Aᵀ Bᵀ, as a weight B A",
+    "": "A is (rank, in), B (out, rank): x Aᵀ Bᵀ",
 }
+MERGE_MENDS = {**MENDS, "": "the update is B A"}
 SHAPES = ((8, 8, 8), (12, 20, 1), (20, 12, 4), (33, 7, 5))  # in, out, rank
 WIDE = (96, 80, 2)  # in, out, rank: here B A is far larger than all that an answer needs
 
@@ -522,7 +523,7 @@ def _check_merged(merge: Merge, unmerge: Merge, layer: nn.Module, whose: str = "
     merged = W + s * B @ A
     shape = f"in={width}, out={out}, rank={rank}"
     what = f"{whose}the merged weight for {shape}"
-    run(merge, what, layer, may_change=[layer])
+    call(merge, what, layer, mends=MERGE_MENDS, may_change=[layer])
     mistakes = {
         "alpha / rank is missing: the update is scaling · B A": W + B @ A,
         "the update alone: W is gone": s * B @ A,
@@ -552,7 +553,7 @@ def _check_merged(merge: Merge, unmerge: Merge, layer: nn.Module, whose: str = "
         tolerance=1e-4,
     )
     require(layer.merged is True, f"after merge layer.merged should be True, not {layer.merged!r}")
-    run(merge, what, layer, may_change=[layer])
+    call(merge, what, layer, mends=MERGE_MENDS, may_change=[layer])
     require_close(
         layer.base.weight,
         merged,
@@ -563,7 +564,7 @@ def _check_merged(merge: Merge, unmerge: Merge, layer: nn.Module, whose: str = "
         },
         tolerance=3e-5,
     )
-    run(unmerge, "unmerge", layer, may_change=[layer])
+    call(unmerge, "unmerge", layer, mends=MERGE_MENDS, may_change=[layer])
     require_close(
         layer.base.weight,
         W,
@@ -580,7 +581,7 @@ def _check_merged(merge: Merge, unmerge: Merge, layer: nn.Module, whose: str = "
         "after unmerge layer.merged should be False, or forward leaves the update out",
     )
     require_close(layer(x), before, f"{whose}the output after unmerge", tolerance=1e-4)
-    run(unmerge, "unmerge", layer, may_change=[layer])
+    call(unmerge, "unmerge", layer, mends=MERGE_MENDS, may_change=[layer])
     require_close(
         layer.base.weight,
         W,
