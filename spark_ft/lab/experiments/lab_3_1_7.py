@@ -102,7 +102,7 @@ def dpo_beta(seed: int) -> dict:
     return figures
 
 
-@experiment(settings=SETTINGS, seeds=(0,), code=[*SHARED, tune_dpo, followed], data=PAIRS)
+@experiment(settings=SETTINGS, code=[*SHARED, tune_dpo, followed], data=PAIRS)
 def dpo_fooled(seed: int) -> dict:
     """The same run at a rate that is far too high."""
     model, history = tune_dpo(seed, learning_rate=SETTINGS["learning_rate that fools the judge"])
