@@ -212,7 +212,9 @@ def size_of(batch: Batch) -> tuple[int, ...]:
     labels, begins = batch.get("labels"), "prompt" if "prompt_mask" in batch else "attention"
     answers = sum(count for name, count in tokens.items() if not name.startswith(begins))
     scored = answers if labels is None else int((labels != IGNORE).sum())
-    ids, real = batch["prompt_ids" if begins == "prompt" else "input_ids"], masks[f"{begins}_mask"]
+    ids, real = batch.get("prompt_ids" if begins == "prompt" else "input_ids"), masks.get(f"{begins}_mask")
+    if ids is None or real is None:  # a batch of another make
+        return numbers, sum(tokens.values()), scored, longest, 0
     first = ids.gather(1, real.argmax(1, keepdim=True))
     alike = len(first) > 1 and bool((first == first[0]).all())
     return numbers, sum(tokens.values()), scored, longest, int(alike)
