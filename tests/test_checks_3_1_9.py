@@ -890,7 +890,8 @@ def remembering():
     ],
 )
 def test_right_answers_pass_a_hundred_times(check, answers):
-    accepts(check, *answers, times=100)
+    trains_a_model = check is checks.check_reference_point  # a hundred of it take four minutes
+    accepts(check, *answers, times=15 if trains_a_model else 100)
 
 
 def test_lopsided_thumbs_are_ten_up_and_every_down_of_the_file_and_flipped_ones_change_sides():
