@@ -413,13 +413,16 @@ print(f"rate 1e-3: {metric:.0%} of the answers are metric. Our best run so far!"
 # </details>
 
 # %%
-for answer in theirs[:3]:
-    print("·", answer[:160].replace("\n", " "))
-drift = fooled.values("kl")[0]
-print(f"KL: {drift:.0f} nats per answer; after DPO {stored.figures(0)['DPO']['kl']:.1f}")
+for run in fooled["runs"]:
+    answer, drift = run["figures"]["answers"][2], run["figures"]["kl"]
+    print(f"seed {run['seed']}, KL {drift:.0f} nats:", answer[:120].replace("\n", " "))
+print(f"after DPO, KL {stored.figures(0)['DPO']['kl']:.1f} nats per answer")
 study.show_guard(stored, fooled)
 
 # %% [markdown]
+# Two of the three runs write gibberish, and the guard stops nearly all of it. The third writes whole sentences without
+# sense, and most of them pass. What gives it away is its KL, many times that of DPO. So never trust one number alone.
+#
 # ## On a DGX Spark
 #
 # A second copy of the model as reference would double the weights. With adapters it costs one more pass and no memory. Planned by running the
