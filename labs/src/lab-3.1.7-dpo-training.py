@@ -420,7 +420,7 @@ print(f"after DPO, KL {stored.figures(0)['DPO']['kl']:.1f} nats per answer")
 study.show_guard(stored, fooled)
 
 # %% [markdown]
-# Two of the three runs write gibberish, and the guard stops nearly all of it. The third writes whole sentences without
+# Two of the three runs write gibberish, and the guard stops most of it. The third writes whole sentences without
 # sense, and most of them pass. What gives it away is its KL, many times that of DPO. So never trust one number alone.
 #
 # ## On a DGX Spark
