@@ -342,7 +342,7 @@ weighed = study.show_weights(lopsided, before)
 # <details><summary>Answer</summary>
 #
 # More grams? Not with either: thumbs down alone turn this model to grams, since it knew two ways to measure and
-# one was taken away. Less drift? Yes, in each of the five seeds (last column), though by very different
+# one was taken away. Less drift? Yes, in each of the five seeds (the table's last column), though by very different
 # amounts. With three seeds the interval of the mean still held zero; with five it does not. The reason: a
 # thumb down says where *not* to go, and a hundred of them push on and on. Ten heavy thumbs up hold the model
 # near answers that people liked. The score alone would have shown nothing.

@@ -164,21 +164,27 @@ def show_weights(lopsided: Measurement, pairs: Measurement) -> dict[str, Estimat
         "metric": paired_difference([*map(metric, balanced)], [*map(metric, equal)]),
         "drift": paired_difference([run["kl"] for run in balanced], [run["kl"] for run in equal]),
     }
-    told = [
-        verdict(found["metric"], "balanced weights teach more grams", "equal weights teach more grams"),
-        verdict(found["drift"], "balanced weights drift further", "balanced weights drift less"),
-    ]
-    sure = "; ".join(part for part in told if part != "cannot tell")
+    more = verdict(found["metric"], "balanced weights teach more grams", "equal weights teach more grams")
+    if more == "cannot tell":
+        more = "by their answers we cannot tell the two weights apart"
     runs = {
         "before": pairs.values("before"),
-        "equal weights, 1 and 1": equal,
-        "balanced weights, 10 and 1": balanced,
+        "equal weights\n1 and 1": equal,
+        "balanced weights\n10 and 1": balanced,
     }
-    title = f"10 up, 100 down: {sure or f'{len(equal)} seeds cannot tell the two weights apart'}"
-    _show_runs(title, runs, f"Metric, balanced less equal: {found['metric'].signed(0)} points.")
+    change = f"Metric, balanced less equal: {found['metric'].signed(0)} points."
+    _show_runs(f"10 up, 100 down: {more}", runs, change)
+    drifts = [run["kl"] for run in balanced], [run["kl"] for run in equal]
+    drift = verdict(found["drift"], "balanced weights drift further", "balanced weights drift less")
+    show_differences(
+        f"Drift from the start: {drift}",
+        {"balanced − equal": drifts},
+        unit="difference in KL (nats per answer)",
+        caption="Embedded model, 14 steps of 8 thumbs, 25 questions.",
+    )
     table = [
         {
-            "weights": name,
+            "weights": name.replace("\n", ", "),
             "metric only (%)": mean(map(metric, each)),
             "some imperial (%)": mean(map(imperial, each)),
             "loops (%)": mean(100 * run["looping"] / run["asked"] for run in each),
@@ -211,7 +217,8 @@ def _show_runs(title: str, runs: Mapping[str, Sequence[Mapping[str, Any]]], chan
         ax.bar(places, [mean(values) for values in each], 0.36, label=name, **plots.BAR[role])
         for place, values in zip(places, each, strict=True):
             ax.plot([place] * seeds, values, "o", color="white", markeredgecolor=plots.INK, markersize=5)
-        shares = ", ".join(f"{run} {mean(v):.0f}%" for run, v in zip(runs, each, strict=True))
+        names = [" ".join(run.split()) for run in runs]
+        shares = ", ".join(f"{run} {mean(v):.0f}%" for run, v in zip(names, each, strict=True))
         said.append(f"{name}: {shares}")
     ax.set_xticks(range(len(runs)), list(runs))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
