@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import warnings
 from importlib import import_module
 
 import pytest
@@ -271,3 +272,17 @@ def test_both_runs_start_from_the_same_random_state_and_leave_it_alone(monkeypat
     yours.trains(run, run, what="loss", y="loss (nats)", caption="no model at all")
     assert torch.equal(*drawn)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_plan_that_stumbles_over_an_unwritten_exercise_says_nothing_beside_what_the_step_says(capsys):
+    """A guard plans a step before it runs it, and warns of what it cannot plan."""
+
+    def run():
+        warnings.warn("this step can't be planned, so its memory is not watched: your turn", stacklevel=1)
+        raise NotImplementedError("your turn (exercise 2)")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yours.trains(run, lambda: PACKAGE, what="loss", y="loss (nats)", caption="no model at all")
+    assert not told
+    assert "not written yet – exercise 2" in capsys.readouterr().out
