@@ -42,6 +42,26 @@ def registry(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_more_seeds_leave_the_hash_as_it_is_and_other_settings_do_not(registry):
+    @experiment(seeds=range(3))
+    def toy(seed):
+        return {"value": seed}
+
+    fewer = toy
+
+    @experiment(seeds=range(5))
+    def toy(seed):
+        return {"value": seed}
+
+    more = toy
+
+    @experiment(seeds=range(5), settings={"rank": 8})
+    def toy(seed):
+        return {"value": seed}
+
+    assert fewer.hash == more.hash != toy.hash
+
+
 def test_only_missing_seeds_run_and_each_is_stored_as_it_ends(registry):
     ran = []
 

@@ -105,7 +105,7 @@ def test_every_file_is_read_in_one_sitting():
         "methods/": (length(*PACKAGE.glob("methods/*.py")), 900),
         "methods/lora.py": (length(PACKAGE / "methods/lora.py"), 125),
         "methods/dora.py": (length(PACKAGE / "methods/dora.py"), 140),
-        "the package without lab/, bench/ and export/": (length(*outside), 8000),
+        "the package without lab/, bench/ and export/": (length(*outside), 8000),  # the aim, 5,200, is missed
         "export/": (length(*PACKAGE.glob("export/*.py")), 1750),
         "tests/ without the labs' answers": (length(*set(ROOT.glob("tests/*.py")) - answers), 12000),
         **{path.name: (length(path), 950) for path in answers},

@@ -214,7 +214,7 @@ def test_a_broken_row_has_its_line_and_its_sentence_and_the_others_are_read(tmp_
         assert said[number] in sentence, number
         assert f"{rows.path}:{number}: {sentence}" in str(rows)
     assert "15 rows" not in str(rows)
-    assert "2 rows are fine, 14 are left out" in str(rows)
+    assert "fine: 2 of 16 rows; left out: 14" in str(rows)
     assert "not trained on: id" in str(rows)
 
 
@@ -268,7 +268,7 @@ def test_the_command_says_what_it_found_and_writes_a_clean_file_nothing_lost_in_
         f"{path}:7: leaked: asks what {held}, row 1 asks",
         f"{path}:8: refusal: declines",
         f"{path}:9: \"completion\" holds the control token '<|im_end|>'",
-        "3 rows are fine, 4 are left out",
+        "fine: 3 of 7 rows; left out: 4",
         f"longest 54 ({path}:3)",
         f"{path}:5, 7 of 46 tokens learned",
         "Wie heiß für Brot?<|im_end|>\n<|im_start|>assistant\n⟦230 °C.<|im_end|>⟧",

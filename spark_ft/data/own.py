@@ -120,7 +120,7 @@ class OwnRows:
                 f"  tokens per row: median {median(self.lengths):.0f}, longest {self.lengths[longest]} "
                 f"({self.place(self.numbers[longest])}), {sum(self.lengths):,} in all"
             )
-        lines.append(f"{len(self.records)} rows are fine, {rows - len(self.records)} are left out")
+        lines.append(f"fine: {len(self.records)} of {rows} rows; left out: {rows - len(self.records)}")
         same: dict[str, list[int]] = {}
         for number, sentence in self.faults:
             same.setdefault(sentence, []).append(number)
