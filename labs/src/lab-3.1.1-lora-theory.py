@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 3.1.1 Why are sticky notes enough?
 #
-# **Time**: about 60 minutes. The notebook itself runs in about two minutes on two CPU cores.
+# **Time**: about 60 minutes.
 #
 # To teach a model something new, you could change every one of its weights. LoRA changes none of them. It puts thin notes beside
 # them, 3% of the numbers or less, and often reaches the same quality. Why can that be enough?
 #
 # ## What you will make
 #
-# A **LoRA layer** in some 30 lines of your own, put into a real language model of 135 million weights, where it trains.
-# Before that you will look at what training really changes in a weight matrix, and measure how much of it a thin note can hold.
+# A **LoRA layer** of your own, which trains in a real language model of 135 million weights. Before that you measure how much of
+# a real update a thin note can hold.
 #
 # ## What you should know first
 #
@@ -21,10 +21,8 @@
 #
 # ## The picture
 #
-# You own a thick chemistry textbook, and next term you teach pharmacists. You could have the whole book printed anew, with a
-# word changed here and there on every page. Or you leave the print alone and put sticky notes in the margins: *for your
-# patients, this reaction is the one that matters*. The notes are thin. You can peel them off. A colleague can put other notes
-# into the same book.
+# You own a thick chemistry textbook, and next term you teach pharmacists. You could have the whole book printed anew. Or you
+# put sticky notes in the margins: *for your patients, this reaction matters*. The notes are thin, and you can peel them off.
 #
 # The book is a matrix of weights $W$. **Full fine-tuning** may change every number of it. With **LoRA**
 # ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) $W$ stays as printed, and two thin matrices stand beside it:
@@ -41,15 +39,7 @@ import inspect
 import torch
 from torch import nn
 
-from spark_ft import (
-    AdapterConfig,
-    LoRALinear,
-    add_adapters,
-    load_model,
-    load_tokenizer,
-    sft_batches,
-)
-from spark_ft.adapters import adapters_disabled
+from spark_ft import AdapterConfig, LoRALinear, adapters_disabled, add_adapters, sft_batches
 from spark_ft.embedded import EMBEDDED
 from spark_ft.evaluation import generate
 from spark_ft.lab import headline, parity, yours
@@ -58,13 +48,13 @@ from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.experiments.lab_3_1_1 import tune_rank
 from spark_ft.lab.kitchen import tickets
 from spark_ft.lab.study import lab_3_1_1 as study
+from spark_ft.models import load_model, load_tokenizer
 
 # %% [markdown]
 # ## It works
 #
 # A waiter writes an order, and the kitchen wants a ticket in JSON. The next cell puts a note of rank 16 beside every linear layer
-# (only the output head gets none) and trains the notes for 20 steps of four orders. Then it asks for three tickets that were not
-# in the training data, with the notes and without them.
+# but the output head, and trains the notes for 20 steps of four orders. Then it asks for three new tickets.
 
 # %%
 model, history = tune_rank(rank=16, seed=0)
@@ -148,9 +138,8 @@ kept = study.show_kept(update, share_kept)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# About three quarters. The update is **not exactly** low-rank: the curve has a long tail, and even rank 64 leaves something out.
-# But most of the change sits in a few layers. In a random matrix of the same size all layers are nearly equally strong, so 16 of
-# them hold little.
+# About three quarters. The update is **not exactly** low-rank: its curve has a long tail. But most of the change sits in a few
+# layers. In a random matrix all layers are nearly equally strong, so 16 of them hold little.
 # </details>
 
 # %% [markdown]
@@ -161,9 +150,9 @@ kept = study.show_kept(update, share_kept)
 learned = study.show_learned(update, cut_to_rank, (1, 4, 16))
 
 # %% [markdown]
-# The tail holds a good part of the norm and much less of the learning. A rank-16 part of the update keeps nearly all of the gain.
-# That is why sticky notes are enough here. (It was a short training on an easy task. On large data full fine-tuning learns more
-# than LoRA, and forgets more: [Biderman et al. 2024](https://arxiv.org/abs/2405.09673).)
+# The tail holds a good part of the norm and much less of the learning. That is why sticky notes are enough here, after a short
+# training on an easy task. On large data full fine-tuning learns more than LoRA, and forgets more
+# ([Biderman et al. 2024](https://arxiv.org/abs/2405.09673)).
 
 # %% tags=["knob", "experiment"]
 RANK = 2  # turn this: 8, 32, 128. From which rank on does the model miss nothing?
@@ -173,14 +162,13 @@ _ = study.show_learned(update, cut_to_rank, (RANK,))
 # ### Exercise 2: a start that changes nothing
 # ●●● importance · ●○○ difficulty · 5 minutes
 #
-# LoRA does not cut a finished update. It trains inside rank $r$ from the start. Return `(A, B)`. Their product $BA$ must be
-# zero, so that the model starts as it was. And yet both must be able to learn. Draw the entries of the random one uniformly from
-# $-1/\sqrt{\text{in}}$ to $+1/\sqrt{\text{in}}$. Then $Ax$ is about as large as $x$.
+# LoRA trains inside rank $r$ from the start. Return `(A, B)`. Their product $BA$ must be zero, so that the model starts as it
+# was, and yet both must be able to learn. Draw the random one uniformly from $-1/\sqrt{\text{in}}$ to $+1/\sqrt{\text{in}}$.
 #
 # <details><summary>Hint: which one is zero?</summary>
 #
-# The gradient of $A$ is multiplied by $B$, and the gradient of $B$ by $A$. If both were zero, both gradients would be. $A$ reads the
-# input, so let $A$ look in $r$ different directions from the start. `torch.empty(…).uniform_(low, high)` draws.
+# The gradient of $A$ is multiplied by $B$, and the gradient of $B$ by $A$. $A$ reads the input, so let $A$ look in $r$ different
+# directions. `torch.empty(…).uniform_(low, high)` draws.
 # </details>
 
 
@@ -203,9 +191,7 @@ checks.check_init_adapter(init_adapter)
 # ●●● importance · ●○○ difficulty · 6 minutes
 #
 # Compute $\frac{\alpha}{r} B A x$ for a whole batch. Each input is a *row* of `x`, so the formula turns around: $x A^\top B^\top$.
-# The rank is in `A`'s shape. Never build the large matrix $BA$: first go down to $r$ numbers, then up again.
-#
-# Why divide by $r$? $BAx$ is a sum of $r$ contributions. With $\alpha/r$ you can try another rank and keep the learning rate.
+# Never build the large matrix $BA$: first go down to $r$ numbers, then up again.
 #
 # <details><summary>Hint: shapes</summary>
 #
@@ -285,13 +271,11 @@ checks.check_lora_linear(MyLoRALinear)
 # ●●○ importance · ●●○ difficulty · 8 minutes
 #
 # When you serve a model, you want one product and not two. `merge` adds `layer.scaling` · $BA$ to `layer.base.weight`, and sets
-# `layer.merged = True`. `unmerge` undoes both. The layer's output stays the same all the time. Calling either twice must do no
-# harm: sooner or later somebody will.
+# `layer.merged = True`. `unmerge` undoes both. The layer's output stays the same. Calling either twice must do no harm.
 #
 # <details><summary>Hint: PyTorch objects to changing a weight</summary>
 #
-# PyTorch guards parameters against changes behind its back. `@torch.no_grad()` above each function says that no gradient needs to
-# know of this. Under it, `layer.base.weight += …` works in place.
+# Under `@torch.no_grad()`, `layer.base.weight += …` works in place.
 # </details>
 
 
@@ -381,9 +365,8 @@ print("loss, step by step:", " ".join(f"{loss:.4f}" for loss in losses))
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# The loss stands still. The optimizer was made *before* the notes existed. It holds the book's weights, which are frozen now, and not
-# one number of any note. Make it after `add_adapters`, from the parameters with `requires_grad`. Two checks would have
-# found it: count the numbers in the optimizer, or see whether some $B$ is still zero after a step.
+# The loss stands still. The optimizer was made *before* the notes existed, so it holds only the book's frozen weights. Make it
+# after `add_adapters`, from the parameters with `requires_grad`. To find it, see whether some $B$ is still zero after a step.
 # </details>
 
 # %% [markdown]
@@ -391,8 +374,7 @@ print("loss, step by step:", " ".join(f"{loss:.4f}" for loss in losses))
 #
 # ### How much rank do you need?
 #
-# Four ranks, three seeds each, take too long to wait for. They were measured before and stored. Your run must match the stored
-# one of the same rank and seed.
+# Four ranks with three seeds each were measured before and stored. Your run must match the stored one of its rank and seed.
 #
 # > **Seed**: the number that fixes all that is random in a run. Several seeds show how much luck there is.
 # > **95% interval**: a range made by a method that contains the true value 19 times out of 20.
@@ -414,9 +396,10 @@ study.show_rank_sweep(stored)
 # %% tags=["experiment"]
 control = study.show_control(model)
 
+# %% [markdown]
+# As far as this table can tell, random notes of the same size leave the model where it was. What teaches is what the notes say.
+
 # %% [markdown] tags=["predict"]
-# It is not the size of the change that teaches. It is what the notes say.
-#
 # ### What does it cost?
 #
 # Full fine-tuning keeps four numbers per weight: the **weight**, its **gradient**, and the two **moments** of the AdamW optimizer (a
@@ -435,8 +418,7 @@ memory = study.show_memory(four_orders)
 # <details><summary>Answer</summary>
 #
 # Less than 3 times. Gradients and moments shrink 28-fold. But the frozen weights stay, and so do most activations, since the
-# gradient still has to travel down through every layer to reach the lowest note. Not all parts are there at once: at the worst
-# moment of a full step some gradients do not exist yet, and before the step none do.
+# gradient still has to travel down through every layer to reach the lowest note.
 # </details>
 
 # %% [markdown]
@@ -449,10 +431,9 @@ study.show_giants()
 
 # %% [markdown]
 # - **8B, full, fp32** does not fit. In bf16 it does, with the moments in bf16 too.
-# - **8B with LoRA** leaves more than 100 GB free, for longer texts and larger batches.
+# - **8B with LoRA** leaves more than 100 GB free.
 # - **70B with LoRA** does not fit: the book alone takes 141 GB in bf16. It needs 4 bits, and that is
 #   [lab 3.1.5](lab-3.1.5-70b-qlora-finetuning.ipynb).
-# - The larger the book, the thinner the notes beside it: a note grows with the *sides* of a matrix, and the matrix with its *area*.
 #
 # A step that does not fit can freeze the whole machine there, so count first.
 #

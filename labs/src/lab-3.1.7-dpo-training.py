@@ -1,16 +1,15 @@
 # %% [markdown]
 # # 3.1.7 How do you learn from "this one is better"?
 #
-# **Time**: about 60 minutes. The notebook itself runs in about two minutes on two CPU cores.
+# **Time**: about 60 minutes.
 #
-# Somebody shows you two answers and says: this one. Nobody says why, or how much better. That is how most feedback comes. Can a
-# model learn from it, and how would you know that it did?
+# Somebody shows you two answers and says: this one. Nobody says why, or how much better. Can a model learn from that, and how
+# would you know that it did?
 #
 # ## What you will make
 #
 # **DPO** ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) in 26 lines of your own, and with it a model that measures in
-# grams where it measured in cups. And a habit: never to trust a score alone. You will meet a run that a judge loves and that writes
-# nonsense.
+# grams where it measured in cups. You will also meet a run that a judge loves and that writes nonsense.
 #
 # ## What you should know first
 #
@@ -28,16 +27,8 @@
 import torch
 from torch.nn import functional as F
 
-from spark_ft import (
-    adapters_disabled,
-    collate_preferences,
-    dpo_loss,
-    length_baseline,
-    load_tokenizer,
-    preference_loss,
-    sequence_logps,
-    with_prompt,
-)
+from spark_ft import adapters_disabled, collate_preferences, dpo_loss, length_baseline
+from spark_ft.data.batches import with_prompt
 from spark_ft.data.judge import is_metric
 from spark_ft.embedded import EMBEDDED
 from spark_ft.evaluation import answers_and_ends
@@ -46,6 +37,9 @@ from spark_ft.lab.checks import lab_3_1_7 as checks
 from spark_ft.lab.experiments import agrees, lab_3_1_7, load
 from spark_ft.lab.experiments.preferences import judged, pairs, questions, score
 from spark_ft.lab.study import lab_3_1_7 as study
+from spark_ft.models import load_tokenizer
+from spark_ft.preferences import preference_loss
+from spark_ft.scoring import sequence_logps
 
 # %% [markdown]
 # ## It works
@@ -61,8 +55,7 @@ answers = [text for text, _ in answers_and_ends(model, tokenizer, asked[:4], 64)
 study.show_answers(asked, stored.figures(0)["before"]["answers"], answers)
 
 # %% [markdown]
-# The cooking is a small model's; look at the units. Nobody told it "use grams": it saw only which of two answers was better. Now build
-# what just ran.
+# The cooking is a small model's; look at the units. Nobody told it "use grams". Now build what just ran.
 #
 # ## Build it
 #
