@@ -18,6 +18,7 @@ ALT = "Accuracy climbs from 40% at rank 1 to 93% at rank 8."
 @pytest.fixture
 def shown(monkeypatch):
     bundles = []
+    plt.close("all")  # tests that ran before in this process may have left figures open
     monkeypatch.setattr(plots, "display", lambda data, raw, metadata=None: bundles.append((data, metadata)))
     yield bundles
     plt.close("all")

@@ -239,10 +239,10 @@ study.show_suspicious(suspicious_orpo, logps, tokens)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# It takes the odds of *sums*. A whole answer has a probability of some e⁻⁸⁰: then 1 − p is 1, odds are plain
-# probabilities, and the difference is dozens of nats, almost always in favour of the shorter answer. σ is 0
-# or 1, so half of the pairs push with full force and half not at all, by length. The NLL hides it: it falls
-# anyway. A look at the first step's comparison finds it: near log 2 = 0.69 for an untrained pair, not 0 or 30.
+# It takes the odds of *sums*. A whole answer has a tiny probability: then 1 − p is 1, odds are plain
+# probabilities, and their difference is many nats, mostly in favour of the shorter answer. So length decides
+# which pairs push with full force and which not at all. The NLL hides it: it falls anyway. A look at the table's
+# last column finds it: for an untrained pair it should be near log 2 = 0.69.
 # </details>
 
 # %% [markdown]
@@ -308,9 +308,8 @@ study.show_push(partial(preference.simpo_loss, beta=BETA, gamma=GAMMA), BETA, GA
 # %% [markdown]
 # The push is at half of its height where the margin is γ/β nats per token. γ/β says how far, β how abruptly.
 #
-# Now the family on one page, drawn from the package's functions. The variants are three lines each: label
-# smoothing (cDPO, robust) for pairs that may be wrong, APO, which says where chosen itself should go, and DPO
-# on means per token.
+# Now the family on one page. Variants: label smoothing (cDPO, robust) for pairs that may be wrong, APO, which says
+# where chosen itself should go, and DPO on means per token.
 
 # %%
 study.show_family()
@@ -379,8 +378,8 @@ study.show_rates()
 study.show_methods(stored)
 
 # %% [markdown]
-# *Metric* is the judge: grams and °C, no cups. *Sound* passes the guard: gibberish full of grams does
-# not. *KL*: how far the model has moved, in nats per answer. Judge a method by all of them.
+# *Metric* is the judge: grams and °C, no cups. *Sound* passes the guard, and gibberish does not. *Good* is metric,
+# sound, and no loop. *KL*: how far the model has moved, in nats per answer. Judge a method by all of them.
 #
 # ### Exercise 8: a verdict
 # ●●● importance · ●●○ difficulty · 8 minutes
@@ -465,9 +464,7 @@ study.show_plans(plans)
 # - **Full fine-tuning**: the second copy is one of five; gradients and two moments stay.
 #
 # "SimPO gains 6.4 points." The abstract says *up to* 6.4, AlpacaEval 2, length-controlled; for
-# Llama-3-Instruct it is 4.4, and in one setting the plain win rate is a tie. The authors themselves tune β, γ
-# and rate for each model. What we measured is one small model and one habit: it says how the methods behave, not
-# which is better for you.
+# Llama-3-Instruct it is 4.4. The authors tune β, γ and rate for each model.
 #
 # The same lines train 8B or 70B; only the model's name changes:
 #
