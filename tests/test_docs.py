@@ -250,6 +250,7 @@ def test_names_in_the_eli5_glossary_exist():
 PARTS = ["The Jargon-Free Version", "The Analogy", "A Visual", "Common Misconception"]
 PARTS += ["Where the Picture Ends", "When You're Ready for Details"]
 SECTIONS = ["Fine-Tuning", "LoRA", "QLoRA", "DoRA", "NEFTune", "Data", "DPO", "SimPO, ORPO, KTO", "KTO"]
+SECTIONS += ["Export"]
 MYTH = re.compile(r"\n❌ \*\*People often think\*\*: .+\n✅ \*\*But actually\*\*: .+\n\n###")
 
 

@@ -265,6 +265,24 @@ def test_your_code_trains_beside_the_packages_and_says_how_near_it_is(monkeypatc
         yours.trains(lambda: PACKAGE, divided, what="loss", y="loss (nats)", caption="no model at all")
 
 
+def test_what_is_no_training_is_told_in_its_own_words(monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr(plots, "show", lambda fig, alt: figures.append((fig, alt)))
+    words = {"what": "export", "does": "serves", "x": "token", "y": "−log p (nats)", "caption": "no model"}
+    for said, title, run in (
+        ("✓ your export serves: 3 tokens, at most 0.0%", "Your export serves", lambda: PACKAGE),
+        ("not written yet", "export serves; yours is not", stub),
+        ("✗ .* your export serves something else; at token 2 yours", "not spark_ft", lambda: [1.0, 2.0, 3.0]),
+        ("✗ yours took 1 tokens", "serves something else", lambda: [1.0]),
+    ):
+        yours.trains(run, lambda: PACKAGE, **words)
+        assert re.match(said, capsys.readouterr().out), said
+        fig, alt = figures.pop()
+        assert title in fig.get_suptitle()
+        assert fig.axes[0].get_xlabel() == "token"
+        assert "in 3 tokens" in alt
+
+
 def test_both_runs_start_from_the_same_random_state_and_leave_it_alone(monkeypatch):
     monkeypatch.setattr(plots, "show", lambda fig, alt: None)
     drawn, state = [], torch.get_rng_state()

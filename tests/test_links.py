@@ -1,4 +1,4 @@
-"""Relative links lead somewhere, anchors too; what is to come is listed once, and only while missing."""
+"""Relative links lead somewhere, anchors too, and every lab is linked where it should be."""
 
 import json
 import re
@@ -12,7 +12,6 @@ lab-3.1.9-kto-binary-feedback lab-3.1.10-ollama-integration""".split()  # noqa: 
 LEFT_OUT = {".venv", ".cache", ".git", ".pytest_cache", "runs", "node_modules", ".ipynb_checkpoints"}
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 CODE = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
-TO_COME = re.compile(r"<!-- to-come:start -->(.*?)<!-- to-come:end -->", re.S)
 
 
 def pages() -> list[Path]:
@@ -66,28 +65,20 @@ def test_links_lead_somewhere():
     broken = []
     for page in pages():
         text = text_of(page)
-        for target in links(TO_COME.sub("", text) if page.name == "ELI5.md" else text):
+        for target in links(text):
             if why := complaint(page, target):
                 broken.append(f"{page.relative_to(ROOT)}: {target}: {why}")
-    assert not broken, "a lab or file that comes later is listed in ELI5.md, To come\n" + "\n".join(broken)
+    assert not broken, "\n".join(broken)
 
 
-def test_each_lab_is_to_come_or_is_there_and_linked():
-    page = text_of(ROOT / "ELI5.md")
-    listed, eli5 = links(TO_COME.search(page)[1]), links(TO_COME.sub("", page))
-    here = [path for path in listed if (ROOT / path).exists()]
-    assert not here, f"these exist: take them off ELI5.md's To come table and link to them: {here}"
-    assert len(set(listed)) == len(listed)
-    assert {Path(path).stem for path in listed if path.startswith("labs/")} <= set(LABS)
-    rows = text_of(ROOT / "README.md").splitlines()
+def test_each_lab_is_there_and_linked():
+    eli5, rows = links(text_of(ROOT / "ELI5.md")), text_of(ROOT / "README.md").splitlines()
     for lab in LABS:
         path, number = f"labs/{lab}.ipynb", re.escape(lab.split("-")[1])
+        assert (ROOT / path).exists(), f"{path} is missing"
         row = next(line for line in rows if re.match(rf"\| \[?{number} ", line))
-        exists = (ROOT / path).exists()
-        assert exists or path in listed, f"{path} is neither there nor on ELI5.md's To come table"
-        assert (links(row) == [path]) == exists, f"README.md's row of {lab}: link to it once it is there"
-        assert row.endswith("| here |" if exists else "| to come |")
-        assert not exists or path in eli5, f"ELI5.md has no link to {path}"
+        assert links(row) == [path], f"README.md's row of {lab} does not link to it"
+        assert path in eli5, f"ELI5.md has no link to {path}"
 
 
 def test_every_data_set_has_a_card():

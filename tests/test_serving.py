@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
+import torch
 from helpers import complains
 from test_export import CHATML, adapter, small_model, small_tokenizer
 
@@ -32,12 +33,13 @@ from spark_ft.files import ROOT
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A folder with base.gguf and two adapters alone, one of them on other layers; and the tokenizer."""
+    """A folder with base.gguf and three adapters alone, of other ranks and layers; and the tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("served"), small_tokenizer()
     export_gguf(small_model(), None, folder / "base.gguf", tokenizer=tokenizer)
     for seed, (name, config) in enumerate({
         "kitchen": AdapterConfig(rank=4, alpha=8),
         "grams": AdapterConfig(rank=2, alpha=8, targets=("q_proj", "down_proj")),
+        "polite": AdapterConfig(rank=3, alpha=8, targets=("k_proj", "v_proj", "o_proj")),
     }.items()):  # fmt: skip
         place = adapter(folder / name, small_model(), config, std=0.2, seed=seed)
         export_adapter(small_model(), place, folder / f"{name}.gguf")
@@ -125,17 +127,18 @@ def test_it_ends_with_the_process_that_started_it_even_if_that_is_killed(served)
 
 def test_adapters_are_chosen_per_request_and_the_global_switch_keeps_a_stale_cache(served):
     folder, tokenizer = served
-    files = {name: folder / f"{name}.gguf" for name in ("kitchen", "grams")}
+    files = {name: folder / f"{name}.gguf" for name in ("kitchen", "grams", "polite")}
+    order = torch.randint(4, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Two soups."}], return_dict=False)
     with serve(folder / "base.gguf", files, context=512) as server:
-        assert server.adapters == ("kitchen", "grams")
+        assert server.adapters == ("kitchen", "grams", "polite")
 
         def asked(name):
             return server.complete(ids, adapter=name, max_tokens=6)
 
         first = {name: asked(name) for name in (None, *files)}
-        assert len({tuple(said.tokens) for said in first.values()}) == 3
-        for name in [None, "grams", "kitchen", "grams", None, "kitchen"]:
+        assert len({tuple(said.tokens) for said in first.values()}) == 4
+        for name in [[None, *files][i] for i in order]:
             again = asked(name)
             assert again.tokens == first[name].tokens
             pairs = zip(again.logps, first[name].logps, strict=True)
@@ -145,7 +148,8 @@ def test_adapters_are_chosen_per_request_and_the_global_switch_keeps_a_stale_cac
         body = {"prompt": ids, "n_predict": 6, "temperature": 0.0, "n_probs": 1, "return_tokens": True}
 
         def globally(kitchen):
-            server.post("/lora-adapters", [{"id": 0, "scale": kitchen}, {"id": 1, "scale": 0.0}])
+            scales = (kitchen, 0.0, 0.0)
+            server.post("/lora-adapters", [{"id": i, "scale": scale} for i, scale in enumerate(scales)])
             said = server.post("/completion", {**body, "cache_prompt": True})
             return [token["logprob"] for token in said["completion_probabilities"]][:1]
 

@@ -76,6 +76,15 @@ class Server:
         body = {**self._body(chat, adapter, max_tokens, temperature), "stream": True}
         return Stream(*self._send("POST", "/v1/chat/completions", body))
 
+    def lines(self, path: str, body: object) -> Iterator[bytes]:
+        """Send a request with "stream": true, and get the raw lines of the answer as they come."""
+        connection, response = self._send("POST", path, body)
+        try:
+            yield from response
+        finally:
+            response.close()
+            connection.close()
+
     def post(self, path: str, body: object) -> dict:
         """Send any request of llama.cpp's HTTP API and return its JSON.
 
