@@ -280,6 +280,8 @@ def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
         None, config=empty.config, state_dict=_open(source), dtype=dtype, device_map={"": device},
         quantization_config=quantizer, **_TELL,
     )  # fmt: skip
+    for path in _weight_files(source):
+        let_go_of(path)
     for name, error in failed.items():
         raise ValueError(f"{source}: {name}: {error}")
     _require_all(model, told, source)
@@ -289,19 +291,35 @@ def load_nf4(source: str | os.PathLike, dtype: torch.dtype, device: str):
 
 
 def _open(source: str | os.PathLike) -> dict[str, "TensorOnDisk"]:
+    cached: dict[str, int] = {}
     files = [(path, safe_open(path, "pt", backend="pread")) for path in _weight_files(source)]
-    return {key: TensorOnDisk(path, file.get_slice(key)) for path, file in files for key in file.keys()}  # noqa: SIM118
+    return {
+        key: TensorOnDisk(path, file.get_slice(key), cached)
+        for path, file in files
+        for key in file.keys()  # noqa: SIM118
+    }
+
+
+IN_PAGE_CACHE = 256_000_000  # bytes; to let go of a file after each tensor took half of an export's time
 
 
 class TensorOnDisk:
-    """A tensor that is read, not mapped, when it is sliced; nothing stays in the page cache."""
+    """A tensor that is read, not mapped, when it is sliced; little of the model stays in the page cache.
 
-    def __init__(self, path: str, tensor):
-        self.path, self.tensor, self.shape = path, tensor, torch.Size(tensor.get_shape())
+    `cached` is shared by all tensors of a model: each file's bytes read since the system last let go of them.
+    """
+
+    def __init__(self, path: str, tensor, cached: dict[str, int]):
+        self.path, self.tensor, self.cached = path, tensor, cached
+        self.shape = torch.Size(tensor.get_shape())
 
     def __getitem__(self, index) -> Tensor:
         tensor = self.tensor[index]
-        let_go_of(self.path)
+        self.cached[self.path] = self.cached.get(self.path, 0) + tensor.nbytes
+        if sum(self.cached.values()) > IN_PAGE_CACHE:
+            for path in self.cached:
+                let_go_of(path)
+            self.cached.clear()
         return tensor
 
 

@@ -30,6 +30,19 @@ MODEL_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd
 IDS = torch.tensor([[5, 6, 7]])
 
 
+def test_files_leave_the_page_cache_now_and_then_and_not_after_each_tensor(tmp_path, monkeypatch):
+    files, let_go = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], []
+    for file in files:
+        save_file({f"{file.stem}{i}": torch.zeros(10) for i in range(2)}, file)
+    monkeypatch.setattr(models, "let_go_of", let_go.append)
+    monkeypatch.setattr(models, "_weight_files", lambda source: files)
+    monkeypatch.setattr(models, "IN_PAGE_CACHE", 100)
+    tensors = models._open(tmp_path)
+    for name in ("a0", "a1", "b0", "b1"):
+        assert tensors[name][:].shape == (10,)
+        assert let_go == (files if name > "b" else [])  # 40 bytes a tensor: after the third
+
+
 @torch.no_grad()
 def test_load_model_gives_the_whole_model_ready_to_use(embedded):
     model, tokenizer = embedded

@@ -272,8 +272,8 @@ checks.check_average(average)
 # ## Your code trains
 #
 # In this lab your code serves. Take the untrained base as a file. Every tensor in it is replaced by what *your* `merged` and `in_pairs`
-# give. The server loads the result and answers a question. The curve is −log p of each token that it writes: a file with another model
-# in it would choose other words, or be less sure of them.
+# give. The server loads the result and takes an order with a dish that training never saw. The curve is −log p of each token that it writes: a
+# file with another model in it would choose other words, or be less sure of them.
 
 # %% tags=["trains"]
 base = export_gguf(None, None, place / "base.gguf", "f16")
@@ -284,7 +284,7 @@ yours.trains(
     does="serves",
     x="token",
     y="−log p of the token (nats)",
-    caption=f"“{study.QUESTION}” to llama.cpp, F16, embedded model with the kitchen adapter",
+    caption="an order to llama.cpp, F16, embedded model with the kitchen adapter",
 )
 
 # %% [markdown]
@@ -335,7 +335,7 @@ print(verify_gguf(place / "theirs.gguf", model, tokenizer, prompts=study.ORDERS[
 # - all of it, to the last digit
 
 # %% tags=["experiment"]
-kept = study.show_types(model, adapter, place, tokenizer)
+kept = study.show_types(report, model, adapter, tokenizer)
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -375,12 +375,12 @@ for name, folder in {"kitchen": adapter, "grams": grams}.items():
 load_adapters(model, grams, name="grams")
 with serve(base, files) as server:
     slowest = study.show_switches(model, server, tokenizer)
-    study.show_stale(server, tokenizer)
+    study.show_stale(server, tokenizer, order)
 
 # %% [markdown]
 # **The second trap** is in the last three lines. llama.cpp also has a switch for *all* requests. It keeps its memory of the prompt, which was
-# read with the old notes. So the first answer after the switch comes from a mixture of both models. `server.chat(…, adapter="grams")`
-# names the adapter in the request, and is right.
+# read with the old notes. So the first answer after the switch comes from a mixture of both models. Without that memory it is the
+# base's again. `server.chat(…, adapter="grams")` names the adapter in the request, and is right.
 #
 # ### The mean of three
 #

@@ -22,7 +22,7 @@ from spark_ft.export.gguf import DTYPES, export_gguf, in_own_order, names_in_ggu
 from spark_ft.export.ollama import Ollama, chat_template, commands, write_modelfile
 from spark_ft.export.reader import read_gguf
 from spark_ft.export.server import Server, serve
-from spark_ft.export.verify import verify_gguf
+from spark_ft.export.verify import Verification, verify_gguf
 from spark_ft.files import ROOT
 from spark_ft.lab.checks import is_stub
 from spark_ft.lab.experiments.common import tune
@@ -37,8 +37,9 @@ from spark_ft.stats import paired_difference
 
 Merge = Callable[[Mapping[str, Tensor], dict[str, Tensor], float], Iterable[tuple[str, Tensor]]]
 Pair = Callable[[Tensor, int], Tensor]
-QUESTION = "Name three things to see in Paris."
-ORDERS = [row["prompt"] for row in tickets("test")[:6]]
+ORDERS = [row["prompt"] for row in tickets("test")[:4]]
+HELD_OUT = tickets("validation")[:10]
+HARD_ORDER = tickets("test")[100]["prompt"]  # a dish and a phrasing that training never saw
 QUERY_AND_KEY = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _WORKPLACES: list[tempfile.TemporaryDirectory] = []
 
@@ -105,13 +106,11 @@ def fill(base: Path, adapter: Path, merge: Merge, pair: Pair) -> Path:
     return path
 
 
-def losses_of(path: Path, tokenizer, tokens: int = 24) -> list[float]:
+def losses_of(path: Path, tokenizer, tokens: int = 40) -> list[float]:
     """−log p of each token that a server writes with this file; one that ends inside a character counts 0."""
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
-    )
     with serve(path) as server:
-        return [-(logp or 0.0) for logp in server.complete(ids, max_tokens=tokens).logps]
+        said = server.complete(_ids(tokenizer, HARD_ORDER), max_tokens=tokens)
+    return [0.0 - (logp or 0.0) for logp in said.logps]
 
 
 def show_unpaired(served: Path, order: str) -> None:
@@ -178,8 +177,8 @@ def answer_logps(model: nn.Module, tokenizer, rows: Sequence[dict]) -> Tensor:
 
 
 def loss_of(model: nn.Module, tokenizer) -> float:
-    """Held-out loss on 16 tickets, nats per token."""
-    return -answer_logps(model, tokenizer, tickets("validation")[:16]).mean().item()
+    """Held-out loss on a few tickets, nats per token."""
+    return -answer_logps(model, tokenizer, HELD_OUT).mean().item()
 
 
 def bits(kind: gguf.GGMLQuantizationType) -> float:
@@ -188,19 +187,26 @@ def bits(kind: gguf.GGMLQuantizationType) -> float:
     return 8 * nbytes / block
 
 
-def show_types(model: nn.Module, adapter: Path, place: Path, tokenizer) -> dict[str, float]:
-    """What each type takes and what it changed; returns the share of training's gain that each keeps."""
+def show_types(f16: Verification, model: nn.Module, adapter: Path, tokenizer) -> dict[str, float]:
+    """What each type takes and what it changed; returns the share of training's gain that each keeps.
+
+    Args:
+        f16: what `verify_gguf` said of the file in F16; the others are written beside it.
+    """
     with adapters_disabled(model):
         before = loss_of(model, tokenizer)
     after, kept, rows = loss_of(model, tokenizer), {}, []
-    for dtype in ("f16", "q8_0", "q4_0"):
-        path = export_gguf(None, adapter, place / f"kitchen-{dtype}.gguf", dtype)
-        loss, said = loss_of(as_model(path), tokenizer), verify_gguf(path, model, tokenizer, prompts=ORDERS)
+    reports = {"f16": f16}
+    for dtype in ("q8_0", "q4_0"):
+        path = export_gguf(None, adapter, f16.path.with_name(f"kitchen-{dtype}.gguf"), dtype)
+        reports[dtype] = verify_gguf(path, model, tokenizer, prompts=ORDERS)
+    for dtype, said in reports.items():
+        loss = loss_of(as_model(said.path), tokenizer)
         kept[dtype] = (before - loss) / (before - after)
         rows.append({
             "type": dtype,
             "bits per weight": f"{bits(DTYPES[dtype][0]):g}",
-            "MB": f"{path.stat().st_size / 1e6:.0f}",
+            "MB": f"{said.path.stat().st_size / 1e6:.0f}",
             "held-out loss": f"{loss:.4f}",
             "of the gain": f"{kept[dtype]:.1%}",
             "same answers": f"{said.greedy} of {said.prompts}",
@@ -208,8 +214,8 @@ def show_types(model: nn.Module, adapter: Path, place: Path, tokenizer) -> dict[
         })  # fmt: skip
     show_table(
         rows,
-        f"loss (nats per token): 16 held-out tickets, weights dequantized; before training {before:.4f}, "
-        f"with the adapter on {after:.4f}; answers and log-probabilities: the server against "
+        f"loss (nats per token): {len(HELD_OUT)} held-out tickets, weights dequantized; {before:.4f} before "
+        f"training, {after:.4f} with the adapter on; answers and log-probabilities: the server against "
         f"transformers, {len(ORDERS)} orders; one adapter, seed 0",
     )
     return kept
@@ -230,7 +236,7 @@ def show_type(dtype: str, adapter: Path, place: Path, tokenizer) -> None:
 # ── the same tickets ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 12) -> float:
+def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 8) -> float:
     """Tickets from the server and from transformers, judged as JSON; returns the share that agrees."""
     rows = tickets("test")[:count]
     orders, right = ([row[key] for row in rows] for key in ("prompt", "completion"))
@@ -253,18 +259,18 @@ def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 12) -> fl
 
 
 def tune_grams(folder: Path) -> Path:
-    """A second adapter, trained on 4-bit weights for 12 steps on cooking answers in grams; saved."""
-    pairs = read_records(ROOT / "data" / "kitchen_preferences" / "train.jsonl", "preference")[:48]
+    """A second adapter, trained on 4-bit weights for 8 steps on cooking answers in grams; saved."""
+    pairs = read_records(ROOT / "data" / "kitchen_preferences" / "train.jsonl", "preference")[:32]
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     model, _ = tune(
-        rows, 0, steps=12, learning_rate=2e-3, model=load_model(dtype=torch.float32, quantize="nf4")[0]
+        rows, 0, steps=8, learning_rate=2e-3, model=load_model(dtype=torch.float32, quantize="nf4")[0]
     )
     return save_adapters(model, folder)
 
 
 def show_four_bits(folder: Path, tokenizer) -> float:
     """An adapter over 4 bits, as it was trained, beside the originals that an export takes; |Δ log p|."""
-    rows = read_records(ROOT / "data" / "kitchen_preferences" / "test.jsonl", "preference")[:16]
+    rows = read_records(ROOT / "data" / "kitchen_preferences" / "test.jsonl", "preference")[:8]
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     found = {}
     for name, how in (("4 bits, as trained", {"quantize": "nf4"}), ("originals, as exported", {})):
@@ -285,7 +291,7 @@ def show_four_bits(folder: Path, tokenizer) -> float:
 def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) -> float:
     """Switch on the model and on the server in a random order; returns the slowest switch of the model."""
     names: list[str | None] = [None, *server.adapters]
-    ids = _asked(tokenizer)
+    ids = _ids(tokenizer, "How do I cook rice?")
     row = torch.tensor([ids])
 
     @torch.no_grad()
@@ -296,7 +302,7 @@ def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) 
         return model(input_ids=row).logits[0, -1], seconds
 
     def said(name: str | None):
-        return server.complete(ids, adapter=name, max_tokens=6)
+        return server.complete(ids, adapter=name, max_tokens=3)
 
     first = {name: (logits(name)[0], said(name)) for name in names}
     order = torch.randint(len(names), (times,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -318,7 +324,7 @@ def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) 
             },
             {
                 "where": "the server",
-                "as at first": f"{tokens} of {times}, 6 tokens each",
+                "as at first": f"{tokens} of {times}, 3 tokens each",
                 "|Δ log p|, at most": f"{max(gaps):.4f}",
             },
         ],
@@ -329,25 +335,28 @@ def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) 
     return slowest
 
 
-def show_stale(server: Server, tokenizer) -> None:
-    """Switch an adapter off for all requests at once, and see whether the next answer is the base's."""
-    ids = _asked(tokenizer)
+def show_stale(server: Server, tokenizer, order: str) -> None:
+    """Read an order with the kitchen's notes, switch them off for all requests, and ask again."""
+    ids = _ids(tokenizer, order)
 
-    def globally(scale: float, **options) -> float:
-        others = [{"id": i, "scale": 0.0} for i in range(1, len(server.adapters))]
-        server.post("/lora-adapters", [{"id": 0, "scale": scale}, *others])
-        body = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": 1, **options}
-        return server.post("/completion", body)["completion_probabilities"][0]["logprob"]
+    def globally(scale: float, cached: bool) -> str:
+        scales = [{"id": i, "scale": scale * (i == 0)} for i in range(len(server.adapters))]
+        server.post("/lora-adapters", scales)
+        body = {"prompt": ids, "n_predict": 12, "temperature": 0.0, "cache_prompt": cached}
+        return server.post("/completion", body)["content"]
 
-    globally(1.0)
-    stale, base = globally(0.0), server.complete(ids, max_tokens=1).logps[0]
-    fresh = globally(0.0, cache_prompt=False)
-    for name, logp in (("asked per request", base), ("switched for all", stale), ("… and read anew", fresh)):
-        print(f"{name:<18} log p of the first token {logp:.4f}")
+    globally(1.0, cached=False)
+    said = {
+        "switched off for all": globally(0.0, cached=True),
+        "… and the order read anew": globally(0.0, cached=False),
+        "asked without, per request": tokenizer.decode(server.complete(ids, max_tokens=12).tokens),
+    }
+    for how, text in said.items():
+        print(f"{how:<27} {text!r}")
 
 
-def _asked(tokenizer) -> list[int]:
-    chat = [{"role": "user", "content": "How do I cook rice?"}]
+def _ids(tokenizer, text: str) -> list[int]:
+    chat = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
