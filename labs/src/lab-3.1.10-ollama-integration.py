@@ -310,7 +310,7 @@ use_adapter(theirs, None)  # how good is the base?
 print(f"{study.loss_of(theirs, tokenizer):.2f} nats per token without notes")
 export_gguf(theirs, None, place / "theirs.gguf")
 with serve(place / "theirs.gguf") as server:
-    print(server.chat(order, max_tokens=24).text)
+    print(server.chat(order, max_tokens=16).text)
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -320,7 +320,7 @@ with serve(place / "theirs.gguf") as server:
 # </details>
 
 # %%
-print(verify_gguf(place / "theirs.gguf", model, tokenizer, prompts=study.ORDERS[:2]))
+print(verify_gguf(place / "theirs.gguf", model, tokenizer, prompts=[order]))
 
 # %% [markdown] tags=["predict"]
 # ### Fewer bits
@@ -340,8 +340,8 @@ kept = study.show_types(report, model, adapter, tokenizer)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# More than 95%, on this task and with this model. The answers move more than the loss does: with such weights llama.cpp rounds the
-# *activations* to 8 bits as well.
+# More than 95%, on this task and with this model. The last two columns say how far the answers themselves moved. With such weights llama.cpp
+# rounds the *activations* to 8 bits as well.
 # </details>
 
 # %% tags=["knob", "experiment"]
@@ -350,11 +350,11 @@ study.show_type(DTYPE, adapter, place, tokenizer)
 
 # %% [markdown]
 # And an adapter that was trained over 4-bit weights, as in lab 3.1.5? An export takes the originals, not the rounded ones that the adapter
-# learned to live with. The next cell trains one, on cooking answers in grams, and tells how far apart the two are.
+# learned to live with. The next cell trains one for a few steps, on cooking answers in grams, and tells how far apart the two are.
+# It stays on the model as "grams".
 
 # %% tags=["experiment"]
-grams = study.tune_grams(place / "grams")
-four_bits = study.show_four_bits(grams, tokenizer)
+four_bits = study.train_over_4_bits(place / "grams", model, tokenizer)
 
 # %% [markdown]
 # ### The same tickets?
@@ -370,9 +370,8 @@ agree = study.show_tickets(served, model, tokenizer)
 
 # %% tags=["experiment"]
 files = {}
-for name, folder in {"kitchen": adapter, "grams": grams}.items():
+for name, folder in {"kitchen": adapter, "grams": place / "grams"}.items():
     files[name] = export_adapter(None, folder, place / f"{name}-alone.gguf")
-load_adapters(model, grams, name="grams")
 with serve(base, files) as server:
     slowest = study.show_switches(model, server, tokenizer)
     study.show_stale(server, tokenizer, order)

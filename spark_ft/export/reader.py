@@ -5,6 +5,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import gguf
@@ -44,6 +45,12 @@ def read_gguf(path: str | os.PathLike) -> GGUFFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; export_gguf writes one")
+    found = path.stat()
+    return _read(path.absolute(), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # a verification asks three times, and a tokenizer of 49,152 words takes 0.4 s
+def _read(path: Path, size: int, changed: int) -> GGUFFile:
     mend = "export or download it again"
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":

@@ -37,8 +37,8 @@ from spark_ft.stats import paired_difference
 
 Merge = Callable[[Mapping[str, Tensor], dict[str, Tensor], float], Iterable[tuple[str, Tensor]]]
 Pair = Callable[[Tensor, int], Tensor]
-ORDERS = [row["prompt"] for row in tickets("test")[:4]]
-HELD_OUT = tickets("validation")[:10]
+ORDERS = [row["prompt"] for row in tickets("test")[:3]]
+HELD_OUT = tickets("validation")[:6]
 HARD_ORDER = tickets("test")[100]["prompt"]  # a dish and a phrasing that training never saw
 QUERY_AND_KEY = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _WORKPLACES: list[tempfile.TemporaryDirectory] = []
@@ -106,7 +106,7 @@ def fill(base: Path, adapter: Path, merge: Merge, pair: Pair) -> Path:
     return path
 
 
-def losses_of(path: Path, tokenizer, tokens: int = 40) -> list[float]:
+def losses_of(path: Path, tokenizer, tokens: int = 30) -> list[float]:
     """−log p of each token that a server writes with this file; one that ends inside a character counts 0."""
     with serve(path) as server:
         said = server.complete(_ids(tokenizer, HARD_ORDER), max_tokens=tokens)
@@ -236,7 +236,7 @@ def show_type(dtype: str, adapter: Path, place: Path, tokenizer) -> None:
 # ── the same tickets ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 8) -> float:
+def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 5) -> float:
     """Tickets from the server and from transformers, judged as JSON; returns the share that agrees."""
     rows = tickets("test")[:count]
     orders, right = ([row[key] for row in rows] for key in ("prompt", "completion"))
@@ -258,24 +258,27 @@ def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 8) -> flo
 # ── several adapters ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tune_grams(folder: Path) -> Path:
-    """A second adapter, trained on 4-bit weights for 8 steps on cooking answers in grams; saved."""
-    pairs = read_records(ROOT / "data" / "kitchen_preferences" / "train.jsonl", "preference")[:32]
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    model, _ = tune(
-        rows, 0, steps=8, learning_rate=2e-3, model=load_model(dtype=torch.float32, quantize="nf4")[0]
+def train_over_4_bits(folder: Path, model: nn.Module, tokenizer) -> float:
+    """Train a second adapter, on 4-bit weights; save it, put it on the model as "grams", and compare.
+
+    It takes 5 steps on cooking answers in grams. Returns the mean |Δ log p| per token of held-out answers
+    between the adapter on its 4 bits, as trained, and on the originals, as an export takes them.
+    """
+    train, held_out = (
+        [
+            {"prompt": row["prompt"], "completion": row["chosen"]}
+            for row in read_records(ROOT / f"data/kitchen_preferences/{split}.jsonl", "preference")[:count]
+        ]
+        for split, count in (("train", 20), ("test", 6))
     )
-    return save_adapters(model, folder)
-
-
-def show_four_bits(folder: Path, tokenizer) -> float:
-    """An adapter over 4 bits, as it was trained, beside the originals that an export takes; |Δ log p|."""
-    rows = read_records(ROOT / "data" / "kitchen_preferences" / "test.jsonl", "preference")[:8]
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    found = {}
-    for name, how in (("4 bits, as trained", {"quantize": "nf4"}), ("originals, as exported", {})):
-        model = load_adapters(load_model(dtype=torch.float32, **how)[0], folder)
-        found[name] = answer_logps(model, tokenizer, rows)
+    in_4_bits = load_model(dtype=torch.float32, quantize="nf4")[0]
+    in_4_bits, _ = tune(train, 0, steps=5, learning_rate=2e-3, model=in_4_bits)
+    load_adapters(model, save_adapters(in_4_bits, folder), name="grams")
+    found = {
+        "4 bits, as trained": answer_logps(in_4_bits, tokenizer, held_out),
+        "originals, as exported": answer_logps(model, tokenizer, held_out),
+    }
+    use_adapter(model, "kitchen")
     four, sixteen = found.values()
     apart = (four - sixteen).abs().mean().item()
     show_table(
@@ -283,12 +286,13 @@ def show_four_bits(folder: Path, tokenizer) -> float:
             {"the adapter lies on": name, "loss (nats per token)": -logps.mean().item()}
             for name, logps in found.items()
         ],
-        f"{len(rows)} held-out answers in grams; a token's log-probability differs by {apart:.3f} on average",
+        f"{len(held_out)} held-out answers in grams; a token's log-probability differs by {apart:.3f} on "
+        "average",
     )
     return apart
 
 
-def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) -> float:
+def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 12) -> float:
     """Switch on the model and on the server in a random order; returns the slowest switch of the model."""
     names: list[str | None] = [None, *server.adapters]
     ids = _ids(tokenizer, "How do I cook rice?")
@@ -302,7 +306,7 @@ def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) 
         return model(input_ids=row).logits[0, -1], seconds
 
     def said(name: str | None):
-        return server.complete(ids, adapter=name, max_tokens=3)
+        return server.complete(ids, adapter=name, max_tokens=2)
 
     first = {name: (logits(name)[0], said(name)) for name in names}
     order = torch.randint(len(names), (times,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -324,7 +328,7 @@ def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) 
             },
             {
                 "where": "the server",
-                "as at first": f"{tokens} of {times}, 3 tokens each",
+                "as at first": f"{tokens} of {times}, 2 tokens each",
                 "|Δ log p|, at most": f"{max(gaps):.4f}",
             },
         ],
@@ -365,11 +369,8 @@ def show_averages(stored: Measurement) -> dict[str, float]:
     right = stored.values("mean of ΔW")
     others = {"A and B apart": stored.values("A and B apart"), "one adapter": stored.values("alone, mean")}
     found = {name: paired_difference(values, right) for name, values in others.items()}
-    said = {name: verdict(each, "worse", "better") for name, each in found.items()}
-    told = "; ".join(
-        f"{name}: {word}" + (" than the mean of ΔW" if word != "cannot tell" else "")
-        for name, word in said.items()
-    )
+    said = [f"{name} {verdict(each, 'is worse', 'is better')}" for name, each in found.items()]
+    told = f"Beside the mean of ΔW: {', '.join(said)}"
     show_differences(
         told,
         {f"{name} − mean of ΔW": (values, right) for name, values in others.items()},
