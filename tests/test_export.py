@@ -105,6 +105,7 @@ def tokenizer():
 
 def adapter(folder, model, config=None, std=0.05, seed=1):
     """An adapter that changes the model, saved; and the model with it on."""
+    torch.manual_seed(seed)
     add_adapters(model, config or AdapterConfig(rank=4, alpha=8))
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -41,7 +41,6 @@ def served(tmp_path_factory):
         "grams": AdapterConfig(rank=2, alpha=8, targets=("q_proj", "down_proj")),
         "polite": AdapterConfig(rank=3, alpha=8, targets=("k_proj", "v_proj", "o_proj")),
     }.items()):  # fmt: skip
-        torch.manual_seed(seed)  # for A
         place = adapter(folder / name, small_model(), config, std=0.4, seed=seed)
         export_adapter(small_model(), place, folder / f"{name}.gguf")
     return folder, tokenizer

@@ -66,7 +66,7 @@ LIMITS = {
     "Q4_0": (None, None, 0.2),
     "Q4_1": (None, None, 0.2),
 }
-GREEDY = 0.95  # share of the prompts whose greedy text is equal, in F16 and BF16
+GREEDY = 0.95  # share of the prompts whose greedy text is equal, or parts at a tie within that largest Δ
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,11 @@ def verify_gguf(
         raise ValueError(f"{path} is in {kind}; {', '.join(LIMITS)} can be verified")
     with serve(path, {} if adapter is None else {"adapter": adapter}) as server:
         tokens, texts, faults = _tokens(server, tokenizer, prompts)
-        greedy, gaps = _answers(server, model, tokenizer, prompts, max_tokens, adapter and "adapter")
+        greedy, ties, gaps = _answers(server, model, tokenizer, prompts, max_tokens, adapter and "adapter")
     update, wrong = _numbers(file, model, kind, None if adapter is None else read_gguf(adapter))
     mean, largest = gaps.mean().item(), gaps.max().item()
-    faults += wrong or _behaviour(kind, len(prompts), greedy, mean, largest)
+    explained = sum(below <= (LIMITS[kind][1] or 0) for below in ties)
+    faults += wrong or _behaviour(kind, len(prompts), explained, mean, largest)
     shares = (len(prompts), tokens, texts, greedy)
     return Verification(Path(path), kind, *shares, mean, largest, update, tuple(faults))
 
@@ -186,9 +187,10 @@ def _ids(tokenizer, chat: Chat) -> list[int]:
 @torch.no_grad()
 def _answers(
     server: Server, model, tokenizer, prompts, max_tokens: int, adapter: str | None
-) -> tuple[int, Tensor]:
-    """Prompts whose greedy answer the model would write too, and |Δ log-probability| of every token."""
-    greedy, gaps = 0, []
+) -> tuple[int, list[float], Tensor]:
+    """Prompts whose greedy answer the model would write too; by how much each answer's least likely choice is
+    below the model's own, which is 0 or a near tie; and |Δ log-probability| of every token."""
+    greedy, ties, gaps = 0, [], []
     with evaluating(model):
         for chat in prompts:
             ids = _ids(tokenizer, chat)
@@ -196,16 +198,18 @@ def _answers(
             row = torch.tensor([[*ids, *said.tokens]], device=model.device)
             logps = model(input_ids=row).logits[0, len(ids) - 1 :].float().log_softmax(-1).cpu()
             greedy += logps.argmax(-1).tolist()[: len(said.tokens)] == said.tokens
-            ours = logps[range(len(said.tokens)), said.tokens].tolist()
-            pairs = zip(ours, said.logps, strict=True)
+            ours = logps[range(len(said.tokens)), said.tokens]
+            ties.append((logps[: len(ours)].amax(-1) - ours).max().item() if said.tokens else 0.0)
+            pairs = zip(ours.tolist(), said.logps, strict=True)
             gaps += [abs(our - their) for our, their in pairs if their is not None]
-    return greedy, torch.tensor(gaps or [0.0])
+    return greedy, ties, torch.tensor(gaps or [0.0])
 
 
-def _behaviour(kind: str, prompts: int, greedy: int, mean: float, largest: float) -> list[str]:
-    """What to say of a file whose numbers are right where they were read."""
+def _behaviour(kind: str, prompts: int, explained: int, mean: float, largest: float) -> list[str]:
+    """What to say of a file whose numbers are right where they were read; `explained`: answers that rounding
+    explains."""
     usual, most, _ = LIMITS[kind]
-    if usual is None or (greedy >= GREEDY * prompts and mean <= usual and largest <= most):
+    if usual is None or (explained >= GREEDY * prompts and mean <= usual and largest <= most):
         return []
     return [
         f"it answers unlike the model (rounding to {kind} explains {usual} on average and {most} at most), "
