@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3.1.5 How does 70B fit in one desktop?
 #
-# **Time**: about 90 minutes with the exercises; the notebook itself runs in about two minutes on two CPU cores.
+# **Time**: about 90 minutes with the exercises; the notebook itself runs in about four minutes on two CPU cores.
 #
 # When you are done you can
 #
