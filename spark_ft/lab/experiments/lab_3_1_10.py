@@ -1,5 +1,6 @@
-"""Lab 3.1.10: several seeds' adapters averaged into one, right and wrong."""
+"""Lab 3.1.10: adapters averaged, right and wrong; an adapter over 4 bits, and over the originals."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import mean
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters
+from spark_ft.data.batches import collate_sft
 from spark_ft.embedded import EMBEDDED
 from spark_ft.lab.experiments.common import SHORT_RUN, TRAIN, VALIDATION, held_out, tune
 from spark_ft.lab.experiments.runner import experiment
 from spark_ft.lab.kitchen import ADAPTER, tickets
 from spark_ft.models import load_model, load_tokenizer
+from spark_ft.scoring import completion_logps
 
 SETTINGS = {**SHORT_RUN, "adapter": asdict(ADAPTER), "adapters": 3, "held-out tickets": 32}
 Notes = dict[str, tuple[Tensor, Tensor]]  # an adapter: layer → its A and B
@@ -70,3 +73,31 @@ def averaged_adapters(seed: int) -> dict:
         figures[name] = held_out(averaged(several, how), tokenizer, rows)["held-out loss"]
     print(f"averaged_adapters, seed {seed}: {figures}", flush=True)
     return figures
+
+
+@torch.no_grad()
+def answer_logps(model: nn.Module, tokenizer, rows: Sequence[dict]) -> Tensor:
+    """The log-probability of every token of the right answers."""
+    return completion_logps(model.eval(), collate_sft(rows, tokenizer))[0]
+
+
+@experiment(
+    settings={**SHORT_RUN, "adapter": asdict(ADAPTER), "weights": "NF4", "held-out tickets": 16},
+    seeds=(0, 1, 2),
+    code=[tickets, tune, notes, with_notes, answer_logps],
+    data=[TRAIN, VALIDATION],
+)
+def trained_over_4_bits(seed: int) -> dict:
+    """An adapter trained on NF4 weights: its loss there and on the originals, and how far apart these are."""
+    tokenizer, rows = load_tokenizer(EMBEDDED), tickets("validation")[:16]
+    in_4_bits, _ = load_model(EMBEDDED, dtype=torch.float32, quantize="nf4")
+    before = answer_logps(in_4_bits, tokenizer, rows)
+    in_4_bits, _ = tune(tickets("train"), seed, model=in_4_bits, **SHORT_RUN)
+    there = answer_logps(in_4_bits, tokenizer, rows)
+    originals = answer_logps(with_notes(notes(in_4_bits), ADAPTER), tokenizer, rows)
+    return {
+        "before": -before.mean().item(),
+        "on 4 bits": -there.mean().item(),
+        "on the originals": -originals.mean().item(),
+        "apart": (there - originals).abs().mean().item(),
+    }

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from spark_ft.adapters import adapters_disabled, load_adapters, save_adapters, use_adapter
-from spark_ft.data.batches import collate_sft
+from spark_ft.adapters import adapters_disabled, save_adapters, use_adapter
 from spark_ft.data.records import read_records
-from spark_ft.evaluation import exact_match, generate
 from spark_ft.export.gguf import DTYPES, export_gguf, in_own_order, names_in_gguf
 from spark_ft.export.ollama import Ollama, chat_template, commands, write_modelfile
 from spark_ft.export.reader import read_gguf
@@ -26,14 +24,14 @@ from spark_ft.export.verify import Verification, verify_gguf
 from spark_ft.files import ROOT
 from spark_ft.lab.checks import is_stub
 from spark_ft.lab.experiments.common import tune
+from spark_ft.lab.experiments.lab_3_1_10 import answer_logps
 from spark_ft.lab.experiments.runner import Measurement
 from spark_ft.lab.kitchen import tickets
 from spark_ft.lab.study import show_differences, show_table, verdict
 from spark_ft.memory.machine import DGX_SPARK, DGX_SPARK_SPEED
 from spark_ft.memory.shapes import known_config
 from spark_ft.models import load_model, open_model
-from spark_ft.scoring import completion_logps
-from spark_ft.stats import paired_difference
+from spark_ft.stats import Estimate, mean_interval, paired_difference
 
 Merge = Callable[[Mapping[str, Tensor], dict[str, Tensor], float], Iterable[tuple[str, Tensor]]]
 Pair = Callable[[Tensor, int], Tensor]
@@ -170,12 +168,6 @@ def as_model(path: Path) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def answer_logps(model: nn.Module, tokenizer, rows: Sequence[dict]) -> Tensor:
-    """The log-probability of every token of the right answers."""
-    return completion_logps(model.eval(), collate_sft(rows, tokenizer))[0]
-
-
 def loss_of(model: nn.Module, tokenizer) -> float:
     """Held-out loss on a few tickets, nats per token."""
     return -answer_logps(model, tokenizer, HELD_OUT).mean().item()
@@ -233,66 +225,37 @@ def show_type(dtype: str, adapter: Path, place: Path, tokenizer) -> None:
     print(f"{dtype}: {width:g} bits per weight, {size:.0f} MB, held-out loss {loss:.4f} nats per token")
 
 
-# ── the same tickets ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def show_tickets(path: Path, model: nn.Module, tokenizer, count: int = 5) -> float:
-    """Tickets from the server and from transformers, judged as JSON; returns the share that agrees."""
-    rows = tickets("test")[:count]
-    orders, right = ([row[key] for row in rows] for key in ("prompt", "completion"))
-    ours = generate(model, tokenizer, orders, max_new_tokens=64, batch_size=count)
-    with serve(path) as server:
-        theirs = [server.chat(order, max_tokens=64).text for order in orders]
-    agree, exact = exact_match(theirs, ours), {"transformers": ours, "server": theirs}
-    scores = " and ".join(f"{sum(exact_match(each, right))} by {name}" for name, each in exact.items())
-    show_table(
-        [
-            {"order": order, "transformers": a, "server": b}
-            for order, a, b in zip(orders[:2], ours, theirs, strict=False)
-        ],
-        f"two of {count} test orders; as JSON {sum(agree)} of {count} agree; exactly right: {scores}",
-    )
-    return sum(agree) / len(agree)
-
-
 # ── several adapters ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_over_4_bits(folder: Path, model: nn.Module, tokenizer) -> float:
-    """Train a second adapter, on 4-bit weights; save it, put it on the model as "grams", and compare.
+def tune_grams(folder: Path) -> Path:
+    """A second adapter, trained for three steps on cooking answers in grams; saved."""
+    pairs = read_records(ROOT / "data" / "kitchen_preferences" / "train.jsonl", "preference")[:12]
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    model, _ = tune(rows, 0, steps=3, warmup_steps=1, learning_rate=2e-3)
+    return save_adapters(model, folder)
 
-    It takes 5 steps on cooking answers in grams. Returns the mean |Δ log p| per token of held-out answers
-    between the adapter on its 4 bits, as trained, and on the originals, as an export takes them.
-    """
-    train, held_out = (
-        [
-            {"prompt": row["prompt"], "completion": row["chosen"]}
-            for row in read_records(ROOT / f"data/kitchen_preferences/{split}.jsonl", "preference")[:count]
-        ]
-        for split, count in (("train", 20), ("test", 6))
-    )
-    in_4_bits = load_model(dtype=torch.float32, quantize="nf4")[0]
-    in_4_bits, _ = tune(train, 0, steps=5, learning_rate=2e-3, model=in_4_bits)
-    load_adapters(model, save_adapters(in_4_bits, folder), name="grams")
-    found = {
-        "4 bits, as trained": answer_logps(in_4_bits, tokenizer, held_out),
-        "originals, as exported": answer_logps(model, tokenizer, held_out),
+
+def show_four_bits(stored: Measurement) -> Estimate:
+    """A stored adapter over 4 bits, where it was trained and on the originals; the mean |Δ log p|."""
+    apart = mean_interval(stored.values("apart"))
+    names = {
+        "before training": "before",
+        "4 bits, as trained": "on 4 bits",
+        "originals, as exported": "on the originals",
     }
-    use_adapter(model, "kitchen")
-    four, sixteen = found.values()
-    apart = (four - sixteen).abs().mean().item()
     show_table(
         [
-            {"the adapter lies on": name, "loss (nats per token)": -logps.mean().item()}
-            for name, logps in found.items()
+            {"the adapter lies on": name, "held-out loss (nats per token)": mean_interval(stored.values(key))}
+            for name, key in names.items()
         ],
-        f"{len(held_out)} held-out answers in grams; a token's log-probability differs by {apart:.3f} on "
-        "average",
+        f"16 held-out tickets; from row 2 to row 3 a token's log-probability moves by {apart} on average; "
+        f"{stored.origin()}; mean and 95% t interval",
     )
     return apart
 
 
-def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 12) -> float:
+def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) -> float:
     """Switch on the model and on the server in a random order; returns the slowest switch of the model."""
     names: list[str | None] = [None, *server.adapters]
     ids = _ids(tokenizer, "How do I cook rice?")
