@@ -1,4 +1,4 @@
-# make lab    JupyterLab on the first lab          make labs   every lab, headless, and a table of results
+# make lab    JupyterLab, a welcome page           make labs   every lab, headless, and a table of results
 # make test   every test, notebooks included       make test-fast   without notebooks and slow tests
 #             (both run two tests at a time, one thread each: on two cores that is faster than one with two)
 # make kernel this environment as a kernel named "spark_ft", for a JupyterLab that runs already (a DGX Spark's dashboard)
@@ -18,12 +18,12 @@ export WANDB_MODE := disabled
 .PHONY: lab kernel labs test test-fast build experiments bench clean lint
 .DELETE_ON_ERROR:
 
-# Here alone: no pop-up with news, no instructor's menus (labconfig/page_config.json), a bar on every long run.
+# Here alone: no pop-up with news, no instructor's menus, Markdown shown as a page (labconfig/), a bar on every long run.
 lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/spark_ft/lab/jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
 lab: export SPARK_FT_PROGRESS := 1
 lab: $(READY)
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
-	    --LabApp.default_url=/lab/tree/labs/lab-3.1.1-lora-theory.ipynb \
+	    --LabApp.default_url=/lab/tree/labs/welcome.md \
 	    --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 kernel: $(READY)

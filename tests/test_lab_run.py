@@ -1,5 +1,6 @@
 """`make labs`: progress, table, exit status; and the headline it reads."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from jupyter_core.paths import jupyter_path
 
 from spark_ft.files import ROOT
 from spark_ft.lab import HEADLINE_TYPE, headline
+from spark_ft.lab.build import sources
 from spark_ft.lab.run import Result, main, table
 from spark_ft.version import __version__
 
@@ -100,6 +102,24 @@ def test_command_line_names_its_commands():
     assert subprocess.run([*run, "nothing"], capture_output=True).returncode == 2
     version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     assert version == __version__
+
+
+def test_make_lab_opens_a_page_with_every_labs_own_title_and_minutes():
+    makefile = (ROOT / "Makefile").read_text()
+    folder = ROOT / re.search(r"^lab: export JUPYTER_CONFIG_PATH := \$\(CURDIR\)/([^$]+)", makefile, re.M)[1]
+    viewers = json.loads((folder / "labconfig" / "default_setting_overrides.json").read_text())
+    assert (
+        viewers["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]["markdown"] == "Markdown Preview"
+    )
+    welcome = ROOT / re.search(r"default_url=/lab/tree/(\S+)", makefile)[1]
+    rows = re.findall(
+        r"^\| \[(3\.1\.\d+ .*?)\]\((.*?)\.ipynb\) \| .+ \| (\d+) \|$", welcome.read_text(), re.M
+    )
+    for source in sources():
+        text = source.read_text()
+        title, minutes = re.search(r"^# # (.+)$", text, re.M)[1], re.search(r"about (\d+) minutes", text)[1]
+        assert (title, source.stem, minutes) in rows, f"welcome.md has another title or time for {title}"
+    assert len(rows) == len(sources())
 
 
 def test_make_lab_opens_without_news_and_without_the_instructors_menus(monkeypatch):

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3.1.2 What do volume and direction buy, and what do they cost?
 #
-# **Time**: about 80 minutes with the exercises; the notebook itself runs in under two minutes on two CPU cores.
+# **Time**: about 100 minutes with the exercises; the notebook itself runs in under two minutes on two CPU cores.
 #
 # When you are done you can
 #

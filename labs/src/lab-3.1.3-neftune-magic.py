@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3.1.3 When does noise help?
 #
-# **Time**: about 60 minutes with the exercises; the notebook itself runs in under two minutes on two CPU cores.
+# **Time**: about 80 minutes with the exercises; the notebook itself runs in under two minutes on two CPU cores.
 #
 # When you are done you can
 #

@@ -1,12 +1,10 @@
 # %% [markdown]
-# # Lab 3.1.4: The whole fine-tune
-#
-# **Question:** how does a whole fine-tune go, from rows of text to an adapter that you can ship?
+# # 3.1.4 How does a whole fine-tune go, from rows to an adapter you can ship?
 #
 # **You will** turn 600 kitchen notes into trained tokens, watch a real language model learn a skill it does not have, measure
 # it on notes it has never seen, save the result in a format that others read, and kill a run to see it come back.
 #
-# **Time:** 45 minutes with the exercises; the notebook itself runs in under six minutes on two laptop cores.
+# **Time**: about 45 minutes with the exercises; the notebook itself runs in under six minutes on two laptop cores.
 # Everything below is computed while you watch, on a 135-million-parameter model that came with the set-up. The same cells train
 # 8 billion parameters on a DGX Spark: see the last section.
 #

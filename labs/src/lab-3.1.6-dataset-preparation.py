@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3.1.6 What makes data good enough to train on?
 #
-# **Time**: about 80 minutes with the exercises; the notebook itself runs in less than two minutes on two CPU cores.
+# **Time**: about 105 minutes with the exercises; the notebook itself runs in less than two minutes on two CPU cores.
 #
 # When you are done you can
 #
