@@ -512,6 +512,7 @@ def orders(number):
     return [row["prompt"] for row in tickets("test")[:number]]
 
 
+@pytest.mark.timeout(1800)  # the adapter is trained once, by whoever needs it first
 @pytest.mark.slow
 def test_the_tuned_model_is_its_file_and_so_is_its_adapter_on_the_base(kitchen, tmp_path):
     folder, model, path = kitchen
@@ -538,6 +539,7 @@ def test_a_dora_and_an_adapter_for_4_bits_are_their_files_merged_into_the_origin
         assert said.ok, str(said)
 
 
+@pytest.mark.timeout(1800)  # the adapter is trained once, by whoever needs it first
 @pytest.mark.slow
 def test_tickets_from_the_server_are_tickets_from_transformers(kitchen):
     _, model, path = kitchen
@@ -547,6 +549,7 @@ def test_tickets_from_the_server_are_tickets_from_transformers(kitchen):
     assert sum(exact_match(theirs, ours)) >= 38
 
 
+@pytest.mark.timeout(1800)  # the adapter is trained once, by whoever needs it first
 @pytest.mark.slow
 def test_q4_0_of_the_tuned_model_keeps_what_it_learned_and_q4_1_is_refused(kitchen, tmp_path):
     folder, model, _ = kitchen

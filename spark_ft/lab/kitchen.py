@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
@@ -87,15 +88,20 @@ def adapter_folder(seed: int = 0) -> Path:
 
 
 def kitchen_adapter(seed: int = 0) -> Path:
-    """The folder of a tuned kitchen adapter in PEFT's format; from the cache, or trained now."""
+    """The folder of a tuned kitchen adapter in PEFT's format; from the cache, or trained now.
+
+    Only one process trains it; another that asks meanwhile waits for it.
+    """
     folder = adapter_folder(seed)
-    if not (folder / "adapter_config.json").is_file():  # written last: where it is, all is
-        print(f"training the kitchen adapter once ({profile().steps} steps) …", flush=True)
-        model, tokenizer = load_model()
-        torch.manual_seed(seed)
-        add_adapters(model, ADAPTER)
-        fine_tune(model, tokenizer, tickets("train"), seed)
-        save_adapters(model, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "adapter_config.json").is_file():  # written last: where it is, all is
+            print(f"training the kitchen adapter once ({profile().steps} steps) …", flush=True)
+            model, tokenizer = load_model()
+            torch.manual_seed(seed)
+            add_adapters(model, ADAPTER)
+            fine_tune(model, tokenizer, tickets("train"), seed)
+            save_adapters(model, folder)
     return folder
 
 
