@@ -16,7 +16,7 @@ from spark_ft.lab.run import headline_of
 pytestmark = pytest.mark.notebooks
 
 SOURCES = build.sources()
-# On a quiet two-core machine 120 s, 3.1.4 six minutes; 3.1.10 may train that lab's adapter first. CI is slower.
+# On a quiet two-core machine 120 s, 3.1.4 six minutes; 3.1.10 may train its adapter first. CI is slower.
 SECONDS = 1200
 
 
