@@ -39,7 +39,8 @@ def seeded(e, bound):
 
 def test_noisy_embeddings():
     halves = shaped(lambda e, b: (2 * torch.rand_like(e) - 1) * b)
-    accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves)
+    by_shape = shaped(lambda e, b: torch.empty(e.shape, dtype=e.dtype).uniform_(-b, b))
+    accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves, by_shape, times=25)
     refuses(
         checks.check_noisy_embeddings,
         ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b)),
@@ -64,14 +65,37 @@ def test_noisy_embeddings():
         ("alpha=0 draws random numbers", lambda e, a: e + uniform(e, bound_of(e, a))),
         ("in place", lambda e, a: e.add_(uniform(e, bound_of(e, a)))),
         ("did not come from torch's own generator", shaped(seeded)),
-        ("two calls gave the same noise|torch's own", lambda e, a: torch.manual_seed(0) and noisy(e, a)),
+        ("seeds torch's generator", lambda e, a: torch.manual_seed(0) and noisy(e, a)),
         ("into torch.float32", shaped(lambda e, b: torch.empty(e.shape).uniform_(-b, b))),
-        ("carry no gradient", torch.no_grad()(noisy)),
-        ("carry no gradient", lambda e, a: noisy(e.detach(), a)),
+        ("carries no gradient", torch.no_grad()(noisy)),
+        ("no gradient", lambda e, a: noisy(e.detach(), a)),
         ("there is no noise", lambda e, a: e),
         ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
         ("should give", then(noisy, lambda out: out[0])),
         ("nan or inf", lambda e, a: e / 0),
+        ("not scaled", shaped(lambda e, b: 5 * uniform(e, b / b) if False else uniform(e, 5.0))),
+        ("half as wide|but its bound", shaped(lambda e, b: (torch.rand_like(e) - 0.5) * b)),
+        ("one side of zero", shaped(lambda e, b: -uniform(e, b).abs())),
+        ("is the input|there is no noise", lambda e, a: e if a == 0 else e + 0 * uniform(e, 1.0)),
+        ("not a tensor|None", lambda e, a: e if a == 0 else None),
+        ("should give|shape|RuntimeError", shaped(lambda e, b: uniform(e, b)[:, :, None])),
+        ("in place", lambda e, a: e.mul_(1).add_(uniform(e, bound_of(e, a))) if a else e),
+        (
+            "RuntimeError",
+            lambda e, a: (
+                noisy(e.unflatten(0, (e.shape[0], 1, 1)), a)[0]
+                if e.dim() == 2
+                else noisy(e, a).unflatten(1, (0, 2))
+            ),
+        ),
+        ("TypeError", lambda e, a: noisy(e, a) + "noise"),
+        ("every token of a text|every text", shaped(lambda e, b: uniform(e[:1, :1], b))),
+        (
+            "torch's own generator|same noise",
+            shaped(lambda e, b: torch.linspace(-b, b, e.numel()).view_as(e)),
+        ),
+        ("gradients off|no gradient", lambda e, a: (torch.set_grad_enabled(False), noisy(e, a))[1]),
+        ("but its bound", bounded(lambda e, a: a / math.sqrt(e.shape[1] * e.shape[2]) / 1.5)),
     )
 
 
@@ -90,8 +114,18 @@ def changed(numbers=lambda e, n: n * e.shape[2], mask=real, draw=uniform, kept=l
     return answer
 
 
+def row_by_row(e, alpha, lengths):
+    if not alpha:
+        return e
+    rows = []
+    for text, n in zip(e, lengths.tolist(), strict=True):
+        own = text[:n] + torch.empty_like(text[:n]).uniform_(-1, 1) * alpha / math.sqrt(n * e.shape[2])
+        rows.append(torch.cat([own, text[n:]]))
+    return torch.stack(rows)
+
+
 def test_true_length_noise():
-    accepts(checks.check_true_length_noise, changed(), neftune_noise)
+    accepts(checks.check_true_length_noise, changed(), neftune_noise, row_by_row, times=25)
     refuses(
         checks.check_true_length_noise,
         ("padding has noise", lambda e, a, lengths: noisy(e, a)),
@@ -109,6 +143,22 @@ def test_true_length_noise():
         ("padding's embeddings were erased", changed(kept=lambda e, n: real(e, n)[..., None])),
         ("alpha=0 draws random numbers", changed(zero=False)),
         ("no noise", lambda e, a, n: e),
+        ("in place", lambda e, a, n: e.add_(changed()(0 * e, a, n)) if a else e),
+        (
+            "lengths` was changed|`n` was changed",
+            lambda e, a, n: changed()(e, a, n.sub_(1).add_(1).clamp_(max=5)),
+        ),
+        ("padding has noise", changed(mask=lambda e, n: ~real(e, n))),
+        (
+            "padding's embeddings were erased",
+            lambda e, a, n: changed()(e, a, n) * real(e, n)[..., None] if a else e,
+        ),
+        ("no gradient", lambda e, a, n: changed()(e.detach(), a, n)),
+        ("looks Gaussian", changed(draw=lambda e, b: torch.randn_like(e) * b)),
+        ("one side of zero", changed(draw=lambda e, b: torch.rand_like(e) * b)),
+        ("not a tensor|None", lambda e, a, n: None),
+        ("seeds torch's generator", lambda e, a, n: (torch.manual_seed(1), changed()(e, a, n))[1]),
+        ("RuntimeError", lambda e, a, n: e + uniform(e, 1.0) * (a / (n * e.shape[2]).sqrt())[:, None]),
     )
 
 
@@ -139,8 +189,25 @@ def patched_forward(model, alpha):
         del layer.forward
 
 
+class Noise:
+    """A context manager as a class."""
+
+    def __init__(self, model, alpha):
+        self.model, self.alpha = model, alpha
+
+    def __enter__(self):
+        self.hook = self.model.get_input_embeddings().register_forward_hook(self.shake)
+        return self.model
+
+    def shake(self, layer, inputs, out):
+        return neftune_noise(out, self.alpha) if layer.training and torch.is_grad_enabled() else None
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
 def test_embedding_noise():
-    accepts(checks.check_embedding_noise, right, neftune, patched_forward)
+    accepts(checks.check_embedding_noise, right, neftune, patched_forward, Noise, times=25)
     where, when = "layer = model.get_input_embeddings()", "module.training and torch.is_grad_enabled()"
     gives, cleans = "neftune_noise(out, alpha)", "    finally:\n        hook.remove()"
     hooks, shaken = "register_forward_hook(add_noise)", "add_(0.01 * torch.randn_like(layer.weight))"
@@ -168,6 +235,18 @@ def test_embedding_noise():
         ("two passes got the same noise", gives, f"(torch.manual_seed(3), {gives})[1]"),
         ("switched the model to training", where, f"{where}; model.train()"),
         ("returns generator", lambda model, alpha: (x for x in [model])),
+        ("returns NoneType|is NoneType|None", lambda model, alpha: None),
+        ("noise in eval mode", when, "module.training or torch.is_grad_enabled()"),
+        ("no noise in training", when, "module.training and not torch.is_grad_enabled()"),
+        ("under torch.no_grad", when, "model.training"),
+        ("but its bound should be", gives, "neftune_noise(out, 2 * alpha)"),
+        ("no noise in training", hooks, "register_forward_pre_hook(lambda *a: None)"),
+        ("no noise in training|AttributeError", "module.training", "False"),
+        ("left on", "hook.remove()", "hook"),
+        ("AttributeError|TypeError", "hook.remove()", "hook.delete()"),
+        ("cannot be called", "def add_noise(module, _, out):", "def add_noise(out):"),
+        ("swallowed", "        hook.remove()", "        hook.remove()\n        return"),
+        ("mode|training", "        hook.remove()", "        hook.remove()\n        model.eval()"),
         right=right,
     )  # fmt: skip
 
@@ -203,9 +282,20 @@ def test_reference_logps():
         ("the adapters stayed off", disabled, f"{off}\n        with torch.no_grad():"),
         ("gone from training too", "model.eval()", f"{layer}._forward_hooks.clear()"),
         ("gone from training too", "model.eval()", f"vars({layer}).update(neftune_noise_alpha=0)"),
-        ("off by up to", "model.eval()", "torch.manual_seed(0)"),
-        ("gradients stayed off", back, f"{back}; torch.set_grad_enabled(False)"),
+        ("seeds torch's generator", "model.eval()", "torch.manual_seed(0)"),
+        ("gradients off or on for good", back, f"{back}; torch.set_grad_enabled(False)"),
         ("shape", "[0]", "[0].mean()"),
+        ("not a tensor|tuple", "[0]", ""),
+        ("not a tensor|NoneType", "return sequence_logps", "sequence_logps"),
+        ("off by|shape|int64", "[0]", "[1]"),
+        ("two calls differ", "model.eval()", "model.train()"),
+        ("was in eval mode, and is not|was in training", back, "model.train(not training)"),
+        (
+            "batch was changed|changed",
+            logps,
+            "sequence_logps(model, {**batch, 'input_ids': batch['input_ids'].fill_(3)})[0]",
+        ),
+        ("off by", logps, "2 * sequence_logps(model, batch)[0]"),
         right=reference,
     )
 

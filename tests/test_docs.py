@@ -11,6 +11,7 @@ from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
 
+import nbformat
 import pytest
 import torch
 
@@ -139,6 +140,15 @@ def test_readme_example_runs(capsys):
     for line, _, code in blocks("README.md", "python"):
         exec(compile("\n" * (line - 1) + code, "README.md", "exec"), {})
     assert "Paris" in capsys.readouterr().out
+
+
+def test_the_tickets_at_the_top_of_the_readme_are_those_of_the_solved_lab():
+    shown = re.search(r"^order    (.+)\nbefore   (.+) …\nafter    (.+)\n```", read("README.md"), re.M)
+    notebook = nbformat.read(ROOT / "labs" / "solutions" / "lab-3.1.4-8b-lora-finetuning.ipynb", 4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    tables = [output.data["text/plain"] for output in outputs if "text/html" in output.get("data", ())]
+    row = next(" ".join(line.split()) for text in tables for line in text.split("\n") if shown[1] in line)
+    assert all(" ".join(shown[i].split()) in row.replace("⏎ ", "") for i in (2, 3))
 
 
 def test_readme_profiles_are_the_table_in_models():

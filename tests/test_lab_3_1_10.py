@@ -9,6 +9,7 @@ from spark_ft import export_gguf, load_model, save_adapters
 from spark_ft.adapters import AdapterConfig, adapted_layers, add_adapters
 from spark_ft.export.gguf import in_llama_order
 from spark_ft.files import ROOT
+from spark_ft.lab import study as shared
 from spark_ft.lab.build import BEGIN, read_source
 from spark_ft.lab.experiments import lab_3_1_10 as experiment
 from spark_ft.lab.study import lab_3_1_10 as study
@@ -69,5 +70,5 @@ def test_a_workplace_is_removed_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     place = study.workplace()
     (place / "a.gguf").write_bytes(b"x" * 10)
-    study._WORKPLACES[-1].cleanup()
+    shared._WORKPLACES[-1].cleanup()
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,31 @@ GENERATION_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def adapter_against_peft(folder: Path, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    """An adapter's folder in PEFT, on a fresh base model, beside the model that it was saved from.
+
+    Returns:
+        the largest relative difference of the logits at real tokens, and that of the adapter's gradients.
+    """
+    batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+    theirs = peers.peft_model(load_model()[0], str(folder)).eval()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits = [each(**given).logits[real] for each in (model, theirs)]
+    total, count = sft_loss(model, batch)
+    (total / count).backward()
+    theirs(**batch).loss.backward()
+    gradients = []
+    for each in (model, theirs):
+        named = {
+            n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in each.named_parameters()
+        }
+        gradients.append(torch.cat([named[n].grad.flatten() for n in sorted(named) if "lora_" in n]))
+        each.zero_grad()
+    return {"logits": relative_difference(*logits), "gradients": relative_difference(*gradients)}
 
 
 def trl_marks(

@@ -2,6 +2,8 @@
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,8 @@ class Guard:
             return
         for larger in (True, False):  # a larger plan that does not fit says nothing about this step
             try:
-                it = plan_step(self.model, _stretched(batch) if larger else batch, self.loss, self.parts)
+                with _garbage_collected():  # the plan's copy of the model is full of cycles
+                    it = plan_step(self.model, _stretched(batch) if larger else batch, self.loss, self.parts)
             except Exception as error:  # whatever a loss does with numbers that a plan does not have
                 if larger:  # it may be the larger batch alone that makes no sense
                     continue
@@ -64,7 +67,6 @@ class Guard:
                 warnings.warn(told, stacklevel=3)
                 self.blind = True
                 return
-            gc.collect()  # the plan's copy of the model is full of cycles, and its masks are real
             self.plans.append((tuple(n + n // LARGER if larger else n for n in size), it))
             self._expected = self._to_come(it)
             if self._fits(it):
@@ -114,6 +116,20 @@ class Guard:
 
     def _weights(self, it: MemoryPlan) -> int:
         return sum(size for kind, size in it.moments[trace.START].items() if kind in trace.WEIGHTS)
+
+
+@contextmanager
+def _garbage_collected() -> Iterator[None]:
+    """Collect what became garbage inside. Older objects are not looked at: that would take half a second."""
+    mine = gc.get_freeze_count() == 0
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if mine:
+            gc.unfreeze()
 
 
 def _covers(planned: tuple[int, ...], size: tuple[int, ...]) -> bool:

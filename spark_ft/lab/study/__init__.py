@@ -5,8 +5,10 @@ function. A title claims what the interval supports: `verdict` says "cannot tell
 """
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from statistics import stdev
 from typing import Any
 
@@ -14,6 +16,14 @@ from IPython.display import display
 
 from spark_ft.lab import plots
 from spark_ft.stats import Estimate, mean_interval, paired_difference
+
+_WORKPLACES: list[tempfile.TemporaryDirectory] = []
+
+
+def workplace() -> Path:
+    """A new temporary folder, which is removed when this notebook's kernel ends."""
+    _WORKPLACES.append(tempfile.TemporaryDirectory(prefix="spark_ft-"))
+    return Path(_WORKPLACES[-1].name)
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], caption: str) -> None:

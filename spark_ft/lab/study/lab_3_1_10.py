@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -27,7 +27,7 @@ from spark_ft.lab.experiments.common import tune
 from spark_ft.lab.experiments.lab_3_1_10 import answer_logps
 from spark_ft.lab.experiments.runner import Measurement
 from spark_ft.lab.kitchen import tickets
-from spark_ft.lab.study import show_differences, show_table, verdict
+from spark_ft.lab.study import show_differences, show_table, verdict, workplace  # noqa: F401
 from spark_ft.memory.machine import DGX_SPARK, DGX_SPARK_SPEED
 from spark_ft.memory.shapes import known_config
 from spark_ft.models import load_model, open_model
@@ -39,13 +39,6 @@ ORDERS = [row["prompt"] for row in tickets("test")[:3]]
 HELD_OUT = tickets("validation")[:6]
 HARD_ORDER = tickets("test")[100]["prompt"]  # a dish and a phrasing that training never saw
 QUERY_AND_KEY = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-_WORKPLACES: list[tempfile.TemporaryDirectory] = []
-
-
-def workplace() -> Path:
-    """A new temporary folder, which is removed when this notebook's kernel ends."""
-    _WORKPLACES.append(tempfile.TemporaryDirectory(prefix="spark_ft-"))
-    return Path(_WORKPLACES[-1].name)
 
 
 def unwritten(error: NotImplementedError) -> str:
@@ -188,10 +181,14 @@ def show_types(f16: Verification, model: nn.Module, adapter: Path, tokenizer) ->
     with adapters_disabled(model):
         before = loss_of(model, tokenizer)
     after, kept, rows = loss_of(model, tokenizer), {}, []
-    reports = {"f16": f16}
-    for dtype in ("q8_0", "q4_0"):
+
+    def made(dtype: str) -> Verification:
         path = export_gguf(None, adapter, f16.path.with_name(f"kitchen-{dtype}.gguf"), dtype)
-        reports[dtype] = verify_gguf(path, model, tokenizer, prompts=ORDERS)
+        return verify_gguf(path, model, tokenizer, prompts=ORDERS)
+
+    fewer = ("q8_0", "q4_0")
+    with ThreadPoolExecutor(len(fewer)) as pool:  # a server takes one core
+        reports = {"f16": f16, **dict(zip(fewer, pool.map(made, fewer), strict=True))}
     for dtype, said in reports.items():
         loss = loss_of(as_model(said.path), tokenizer)
         kept[dtype] = (before - loss) / (before - after)
@@ -255,7 +252,7 @@ def show_four_bits(stored: Measurement) -> Estimate:
     return apart
 
 
-def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 20) -> float:
+def show_switches(model: nn.Module, server: Server, tokenizer, times: int = 8) -> float:
     """Switch on the model and on the server in a random order; returns the slowest switch of the model."""
     names: list[str | None] = [None, *server.adapters]
     ids = _ids(tokenizer, "How do I cook rice?")
