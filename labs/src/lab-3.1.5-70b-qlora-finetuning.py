@@ -75,7 +75,7 @@ print(f"Llama-3.3-70B, the same step on a row of 512 tokens: {plan.peak / 1e9:.0
 # - seven negative ones: eight such shares, again without ½, mirrored,
 # - zero itself, so that zeros stay exact.
 #
-# Divide all by the largest and sort them.
+# Divide all by the largest and sort them. `outermost` stays below 1, since the curve never ends.
 #
 # <details><summary>Hint</summary>
 #
@@ -439,11 +439,11 @@ on_gpu = memory.show_gpu_runs()
 # On a DGX Spark processor and GPU share one memory. A step that does not fit can **freeze the machine**: no error, only the power button.
 # And `torch.cuda.mem_get_info()` misleads there: it counts the page cache as used, which the system would give back. On one GB10, after a
 # large file was written, [both numbers were read](https://github.com/unslothai/unsloth/pull/10704). The 70B plan against each, then what
-# `train` says to a step that is far too large here:
+# `train` says to a step of 64 rows, much too large here:
 
 # %%
 memory.show_readings(plans[2048])
-memory.show_refusal(model)
+memory.show_refusal()
 
 # %% [markdown]
 # The real run; the first time it fetches 145 GB. Run `spark-ft doctor` and `spark-ft plan` before.

@@ -37,25 +37,21 @@ def _quantiles(shares: Tensor) -> Tensor:
     return torch.tensor([NormalDist().inv_cdf(p) for p in shares.tolist()], dtype=torch.float64)
 
 
-def _levels(outermost: float) -> Tensor:
-    positive, negative = (
-        _quantiles(torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8)
-    )
-    return torch.cat([-negative, positive.new_zeros(1), positive.flip(0)]) / positive[0]
+def _levels(outermost: float, quantiles: Callable[[Tensor], Tensor] = _quantiles) -> Tensor:
+    shares = (torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1] for n in (9, 8))
+    positive, negative = map(quantiles, shares)
+    levels = torch.cat([-negative, positive.new_zeros(1), positive])
+    return levels.sort().values / positive.max()
 
 
 def _levels_mistakes(outermost: float) -> dict[str, Tensor]:
     right, largest = _levels(outermost), NormalDist().inv_cdf(outermost)
     even = torch.linspace(1 - outermost, outermost, 16, dtype=torch.float64)
-    shares = torch.cat([torch.linspace(1 - outermost, 0.5, 8), torch.linspace(0.5, outermost, 9)[1:]])
-    density = torch.exp(-(shares**2) / 2)
     return {
         "eight levels are negative and seven positive; it is the other way round": -right.flip(0),
         "not divided by the largest: the code should run from −1 to 1": largest * right,
         "from the largest down: sort them": right.flip(0),
-        "they are not sorted: `.sort().values`": torch.cat(
-            [right[:7], right[7:8], right[8:].flip(0)]
-        ),
+        "they are not sorted: `.sort().values`": torch.cat([right[:8], right[8:].flip(0)]),
         "they are not sorted: `.sort().values`, after all are together": torch.cat(
             [right[8:].flip(0), right[:8]]
         ),
@@ -64,14 +60,18 @@ def _levels_mistakes(outermost: float) -> dict[str, Tensor]:
         ),
         "no level is zero: take eight for the positive side, seven for the negative, and 0": _quantiles(even)
         / largest,
-        "those are the shares p; `torch.special.ndtri(p)` turns them into levels": shares / outermost,
-        "ndtr is the share below a number; its inverse is ndtri, with an i": torch.special.ndtr(shares)
-        / torch.special.ndtr(shares).max(),
-        "that is the bell curve's height; ndtri gives the place below which a share p lies": density
-        / density.max(),
+        "those are the shares p; `torch.special.ndtri(p)` turns them into levels": _levels(
+            outermost, lambda p: p
+        ),
+        "ndtr is the share below a number; its inverse is ndtri, with an i": _levels(
+            outermost, torch.special.ndtr
+        ),
+        "that is the bell curve's height; ndtri gives the place below which a share p lies": _levels(
+            outermost, lambda p: torch.exp(-(p**2) / 2)
+        ),
         "the outermost p is not pulled in as told: use the argument": _levels(0.999),
-        "the outermost p is not pulled in as told: use the argument `outermost`": _levels(OUTERMOST),
-    }  # fmt: skip
+        "the outermost p is always the paper's: use the argument": _levels(OUTERMOST),
+    }
 
 
 @check
@@ -238,11 +238,10 @@ def check_packing(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], T
                 ),
                 "the high half is the first code times 16 (or << 4), not times 10": high * 10 + low,
                 "the second code is lost": high * 16,
-                "the first code is lost: shifted by 8 bits it falls off the byte; shift by 4": low,
+                "the first code is lost; `<< 4` puts it into the high half, `>> 4` or `<< 8` out of it": low,
                 "the halves overlap: shift the first code by 4 bits, not by 2": high * 4 + low,
                 "+ binds tighter than <<: put brackets round `codes[::2] << 4`": high * 2 ** (4 + low),
                 "& keeps only bits that both have; bring the halves together with | or +": (high * 16) & low,
-                "shifted down; << shifts up, and brings the first code into the high half": (high >> 4) | low,
                 "times 15, not times 16": high * 15 + low,
                 "both halves are shifted; only the first one is": (high * 16) | (low * 16),
             },
@@ -374,15 +373,12 @@ def check_bits(answer: Callable[[int, int | None], float]) -> str:
                 "both levels are counted in 32 bits; the first one has 8": 4 + one + 32 / (block * group),
                 "the second-level scales are fp32, 32 bits, not 8": 4 + 8 / block + 8 / (block * group),
                 "scales of 8 bits and of 32 bits for every block": 4 + 8 / block + one,
-                "32 / a * b is (32 / a) · b: put brackets round block_size * scales_per_group": (
+                "32 / a * b is (32 / a) · b; divide by all of block_size * scales_per_group, in brackets": (
                     4 + 8 / block + one * group
                 ),
                 "a group's scale serves block_size · scales_per_group numbers, not their sum": (
                     4 + 8 / block + 32 / (block + group)
                 ),
-                "a group holds scales_per_group blocks: multiply, don't divide": 4
-                + 8 / block
-                + 32 * group / block,
                 "the codes' 4 bits are missing": two,
                 "a code has 4 bits, not 8": 8 + two,
             }

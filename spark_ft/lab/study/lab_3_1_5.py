@@ -218,7 +218,7 @@ def merge_into_originals(model: nn.Module) -> tuple[nn.Module, list[dict[str, An
     rows = [
         {
             "quantized from": f"{start} + ΔW",
-            "weights that get another level": f"{changed[start] / numbers:.1%}",
+            "weights that get another level": f"{changed[start] / numbers:.2%}",
             "of ΔW that arrives": f"{inner[start] / square:.0%}",
         }
         for start in starts

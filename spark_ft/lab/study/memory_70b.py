@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.data.batches import sft_batches
+from spark_ft.data.chat import IGNORE
+from spark_ft.embedded import EMBEDDED
 from spark_ft.lab import plots
 from spark_ft.lab import true_size as giant
 from spark_ft.lab.kitchen import tickets
@@ -16,9 +19,10 @@ from spark_ft.memory.guard import Guard, fit_report
 from spark_ft.memory.machine import DGX_SPARK, DGX_SPARK_SPEED, GIB, Machine, MemoryBudget, measure
 from spark_ft.memory.plan import MemoryPlan, plan_step, plan_training
 from spark_ft.memory.shapes import known_config
+from spark_ft.models import load_model
 from spark_ft.scoring import sft_loss
 
-EMBEDDINGS = "embeddings and head"
+TABLES = "embeddings and head"
 DATASHEET = Machine("DGX Spark", 125e12, 273e9)  # dense bf16 and bandwidth as NVIDIA states them
 # Model, method, tokens per second: developer.nvidia.com/blog/
 # how-nvidia-dgx-sparks-performance-enables-intensive-ai-tasks
@@ -48,8 +52,8 @@ def show_layer(planned: MemoryPlan, layer: Mapping[str, float]) -> dict[str, flo
         x="memory (GB)",
         y="one layer",
         height=2.8,
-        caption="one decoder layer of Llama-3.3-70B's shape, random weights, NF4, LoRA r16, forward and "
-        "backward of 512 tokens with checkpointing, fp32; this machine, one run.",
+        caption="one decoder layer of Llama-3.3-70B's shape, random weights, NF4, LoRA r16, fp32; forward "
+        "and backward of 512 tokens with checkpointing; this machine, one run.",
     )
     own = layer["layer"] / 1e9
     ax.barh(list(sizes), [own] * 3, 0.6, label="the layer and its notes", **plots.BAR["yours"])
@@ -85,7 +89,7 @@ def show_forgetful(model: nn.Module, tokenizer: Any) -> float:
     own = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     moments = sum(m.nbytes for s in optimizer.state.values() for name, m in s.items() if name != "step")
     counted = own + moments + made.extra
-    sizes = {"the plan": plan.peak, "without embeddings and head": plan.peak - plan.terms[EMBEDDINGS]}
+    sizes = {"the plan": plan.peak, "without embeddings and head": plan.peak - plan.terms[TABLES]}
     off = {name: size / counted - 1 for name, size in sizes.items()}
     rows = [{"plan": n, "MB": f"{s / 1e6:.0f}", "off": f"{off[n]:+.1%}"} for n, s in sizes.items()]
     show_table(rows, f"one step on 3 tickets, embedded model; its tensors took {counted / 1e6:.0f} MB")
@@ -96,7 +100,7 @@ def show_forgetful(model: nn.Module, tokenizer: Any) -> float:
 
 GROUPS = {
     "linear layers, NF4": ("linear layers", "norms"),
-    "embeddings, head": (EMBEDDINGS,),
+    "embeddings, head": (TABLES,),
     "notes, gradients, moments": ("adapters", "gradients", "optimizer moments"),
     "checkpoints": ("checkpoints",),
 }
@@ -151,7 +155,7 @@ def show_models(names: Sequence[str], length: int = 2048) -> None:
     rows = []
     for name in names:
         plan = plan_training(known_config(name), "qlora", length=length, adapter_dtype=torch.bfloat16)
-        weights = sum(plan.terms.get(n, 0) for n in ("linear layers", "experts", EMBEDDINGS))
+        weights = sum(plan.terms.get(n, 0) for n in ("linear layers", "experts", TABLES))
         rows.append(
             {
                 "model": name,
@@ -250,12 +254,14 @@ def show_readings(plan: MemoryPlan) -> None:
         print(f"{name}: {fit_report(plan, room)}\n")
 
 
-def show_refusal(model: nn.Module, rows: int = 64, length: int = 2048) -> None:
-    """Ask the guard for a step that is far too large; it plans, and refuses before anything is allocated."""
+def show_refusal(rows: int = 64, length: int = 2048) -> None:
+    """Ask the guard for a far too large step of the embedded model; it plans it, and nothing is allocated."""
+    model = add_adapters(load_model(EMBEDDED, dtype=torch.float32)[0], AdapterConfig(rank=16)).train()
     ids = torch.arange(length) % 1000 + torch.arange(rows)[:, None]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    labels = torch.where(torch.arange(length) < length - 32, IGNORE, ids)  # answers of 32 tokens
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     try:
-        Guard(model.train()).check({key: tensor.to(model.device) for key, tensor in batch.items()})
+        Guard(model).check({key: tensor.to(model.device) for key, tensor in batch.items()})
         print("this machine has room even for that")
     except MemoryError as refusal:
         print(f"refused: {refusal}")
