@@ -50,7 +50,8 @@ from spark_ft.models import load_tokenizer
 #
 # The next cell puts the embedded model of 135 million weights into 4 bits and trains notes on it. Then it *plans* the same step for 70B.
 #
-# > **Held-out loss**: how surprised the model is by right answers that it never saw, in nats per token. Lower is better.
+# > **Held-out loss**: how surprised the model is by right answers that it never saw, in nats (units of log-probability) per
+# token.
 
 # %%
 model, history = tune_on("NF4", seed=0)
@@ -469,7 +470,7 @@ memory.show_refusal()
 # ### END SOLUTION
 
 # %% [markdown] nbgrader={"grade_id": "explain-merge", "solution": true, "grade": true, "points": 0}
-# **Why must a merge not go back onto the grid that it came from, and what works?**
+# **Why must a merge not be rounded to the levels that it came from, and what works?**
 #
 # ### BEGIN SOLUTION
 # Dequantized weights lie on the levels, and a note moves them by less than half a gap, so rounding gives the old level. From the
