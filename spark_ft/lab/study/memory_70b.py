@@ -52,8 +52,8 @@ def show_layer(planned: MemoryPlan, layer: Mapping[str, float]) -> dict[str, flo
         x="memory (GB)",
         y="one layer",
         height=2.8,
-        caption="one decoder layer of Llama-3.3-70B's shape, random weights, NF4, LoRA r16, fp32; forward "
-        "and backward of 512 tokens with checkpointing; this machine, one run.",
+        caption="one decoder layer of Llama-3.3-70B's shape, random weights, NF4, LoRA r16, fp32. Forward "
+        "and backward with checkpointing, 512 tokens; this machine, one run.",
     )
     own = layer["layer"] / 1e9
     ax.barh(list(sizes), [own] * 3, 0.6, label="the layer and its notes", **plots.BAR["yours"])
