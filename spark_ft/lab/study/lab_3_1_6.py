@@ -1,13 +1,12 @@
 """What lab 3.1.6 shows: a file's report, before and after, wrong marks in use, a clean-up marked, leaks."""
 
 import ast
+import copy
 import csv
 import json
 import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from spark_ft.files import CACHE, ROOT
 from spark_ft.lab.experiments.common import SHORT_RUN
 from spark_ft.lab.experiments.runner import Measurement
 from spark_ft.lab.kitchen import ADAPTER, tickets
+from spark_ft.lab.parity import GENERATION_TEMPLATE
 from spark_ft.lab.study import show_differences, show_table, verdict
 from spark_ft.models import load_model, load_tokenizer
 from spark_ft.scoring import completion_logps, sft_loss
@@ -72,7 +72,7 @@ def example_file(name: str = "orders.csv") -> Path:
 
 def show_report(rows: OwnRows) -> None:
     """What was found in a file: counts, and a sentence for each row that was left out."""
-    print(str(rows).replace(f"{rows.path.parent}/", ""))
+    print(str(rows).replace(f"{rows.path.parent}/", "").replace(f"{ROOT}/", ""))
 
 
 def train_rows(
@@ -82,14 +82,8 @@ def train_rows(
     model = load_model(EMBEDDED, dtype=torch.float32)[0]
     torch.manual_seed(seed)
     add_adapters(model, ADAPTER)
-    config = TrainConfig(
-        steps,
-        SHORT_RUN["learning_rate"],
-        warmup_steps=SHORT_RUN["warmup_steps"],
-        betas=(0.9, 0.999),
-        seed=seed,
-        progress=False,
-    )
+    run = {"warmup_steps": SHORT_RUN["warmup_steps"], "betas": (0.9, 0.999), "seed": seed, "progress": False}
+    config = TrainConfig(steps, SHORT_RUN["learning_rate"], **run)
     batches = sft_batches(rows, load_tokenizer(EMBEDDED), SHORT_RUN["batch_size"], seed, learn=learn)
     return model, train(model, batches, sft_loss, config)
 
@@ -102,14 +96,10 @@ def show_before_after(model: nn.Module, rows: Sequence[Row], tokens: int = 48) -
     after = answers_and_ends(model, tokenizer, asked, tokens)
     with adapters_disabled(model):
         before = answers_and_ends(model, tokenizer, asked, tokens)
+    columns = ("question", "before", "after", "wanted")
     table = [
-        {
-            "question": _cut(chat[-2]["content"]),
-            "before": _ended(b),
-            "after": _ended(a),
-            "wanted": _cut(chat[-1]["content"]),
-        }
-        for chat, b, a in zip(turns, before, after, strict=True)
+        dict(zip(columns, (_cut(chat[-2]["content"]), b, a, _cut(chat[-1]["content"])), strict=True))
+        for chat, b, a in zip(turns, map(_ended, before), map(_ended, after), strict=True)
     ]
     show_table(table, f"held-out rows, greedy, at most {tokens} tokens; … is where an answer was cut")
 
@@ -136,6 +126,13 @@ def marked_by(mask: Callable[[list[int], list[int], int], Sequence[bool]]) -> Le
     return learn
 
 
+def with_generation_marks(tokenizer):
+    """The tokenizer with a template that renders the same and says where TRL finds the answers."""
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = GENERATION_TEMPLATE
+    return marked
+
+
 # ── other marks, in use ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -151,17 +148,17 @@ def by_hand(before: Callable[[str], str], end: str) -> Learn:
 
 
 def show_in_use(
-    runs: Mapping[str, tuple[nn.Module, History]], rows: Sequence[Row], tokens: int = 56
+    runs: Mapping[str, tuple[nn.Module, History]], rows: Sequence[Row], tokens: int = 44
 ) -> dict[str, dict[str, int]]:
     """Models asked through the tokenizer's own template: tickets that are right, answers that stop."""
     tokenizer, found, table = load_tokenizer(EMBEDDED), {}, []
     for name, (model, history) in runs.items():
         answers = answers_and_ends(model, tokenizer, [row["prompt"] for row in rows], tokens)
-        pairs = [(text, ends, row["completion"]) for (text, ends), row in zip(answers, rows, strict=True)]
+        checked = [(text, ends, row["completion"]) for (text, ends), row in zip(answers, rows, strict=True)]
         found[name] = {
-            "begins": sum(text.startswith(wanted) for text, _, wanted in pairs),
-            "stops": sum(ends for _, ends, _ in pairs),
-            "exact": sum(text.strip() == wanted for text, _, wanted in pairs),
+            "begins": sum(text.startswith(wanted) for text, _, wanted in checked),
+            "stops": sum(ends for _, ends, _ in checked),
+            "exact": sum(text.strip() == wanted for text, _, wanted in checked),
         }
         table.append(
             {
@@ -193,30 +190,18 @@ def mended(rows: Sequence[Row]) -> list[Row]:
 
 
 def show_near(rows: Sequence[Row]) -> None:
-    """Near-duplicates that were found, and the time that an index needs beside comparing all with all."""
-    started = time.perf_counter()
+    """Some near-duplicates that differ in a word or a mark, and how many rows go in all."""
     dropped = drop_near_duplicates(rows).dropped
-    indexed = time.perf_counter() - started
-    sets = [set(re.findall(r"\w+", row["completion"].lower())) for row in rows]
-    started = time.perf_counter()
-    for a, b in combinations(sets, 2):
-        len(a & b) / len(a | b)
-    every = time.perf_counter() - started
     edited = [drop for drop in dropped if drop.record["completion"] != rows[drop.copy_of]["completion"]]
     table = [
         {
             "shared": re.search(r"\d+%", drop.reason)[0],
-            "an earlier row": _cut(rows[drop.copy_of]["completion"], 110),
-            "and its copy": _cut(drop.record["completion"], 110),
+            "an earlier row": _cut(rows[drop.copy_of]["completion"], 120),
+            "and its copy": _cut(drop.record["completion"], 120),
         }
         for drop in edited[:3]
     ]
-    days, minutes = every * (1e6 / len(rows)) ** 2 / 86400, indexed * 1e6 / len(rows) / 60
-    show_table(
-        table,
-        f"three of {len(dropped)} rows dropped, equal ones among them; extrapolated to a million rows: all "
-        f"with all {days:,.0f} days, with the index {minutes:,.0f} minutes",
-    )
+    show_table(table, f"three of {len(dropped)} rows that go; equal rows are among them")
 
 
 def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
@@ -227,13 +212,16 @@ def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row
     for kind in sorted(set(faults.values())):
         planted = [name for name, fault in faults.items() if fault == kind and name in there]
         right = [name for name in planted if name in went and went[name].fault == kind]
-        hits += len(right)
+        stayed = [name for name in planted if name not in went] if kind == "encoding" else []
+        mended = len(stayed) - len(drop_broken_encoding([r for r in rows if r["id"] in stayed]).dropped)
+        hits += len(right) + mended
         table.append(
             {
                 "fault": kind.replace("_", " "),
                 "planted": len(planted),
-                "found": len(right),
-                "in the long run": wilson_interval(len(right), len(planted)).percent(),
+                "mended": mended or "",
+                "went": len(right),
+                "in the long run": wilson_interval(len(right) + mended, len(planted)).percent(),
                 "why the first one went": _cut(went[right[0]].reason.replace("\n", " "), 60) if right else "",
             }
         )
@@ -241,8 +229,8 @@ def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row
     alarms = wilson_interval(sum(name in went for name in good), len(good))
     show_table(
         table,
-        f"{len(rows)} rows in, {len(result.kept)} kept; good rows that went: {alarms.percent()} of {len(good)}; "
-        "Wilson's 95% intervals",
+        f"{len(rows)} rows in, {len(result.kept)} kept; good rows that went: {alarms.percent()}, of "
+        f"{len(good)}; Wilson's 95% intervals",
     )
     return {"found": hits / len(faults), "false alarms": alarms.value}
 
@@ -250,7 +238,7 @@ def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row
 def show_white_space(rows: Sequence[Row]) -> None:
     """How many Python blocks in the answers Python can read, before and after "normalising" white space."""
     changes = {
-        "as they are": lambda text: text,
+        "as they are": str,
         "white space joined": lambda text: " ".join(text.split()),
         "each line stripped": lambda text: "\n".join(line.strip() for line in text.splitlines()),
     }
@@ -280,8 +268,8 @@ def split_rows(rows: Sequence[Row], share: float, seed: int, group: str | None =
     random.Random(seed).shuffle(order)
     while sum(name in test for name in names) < share * len(rows):
         test.add(order[len(test)])
-    pairs = list(zip(rows, names, strict=True))
-    return [row for row, name in pairs if name not in test], [row for row, name in pairs if name in test]
+    named = list(zip(rows, names, strict=True))
+    return [row for row, name in named if name not in test], [row for row, name in named if name in test]
 
 
 def show_splits(rows: Sequence[Row], share: float = 0.2, seed: int = 0) -> dict[str, int]:
@@ -304,15 +292,19 @@ def show_splits(rows: Sequence[Row], share: float = 0.2, seed: int = 0) -> dict[
     return leaked
 
 
+def pairs(split: str) -> list[Row]:
+    """The rows of kitchen_preferences' "train" or "test" split."""
+    return read_records(DATA / f"kitchen_preferences/{split}.jsonl", "preference")
+
+
 def show_lengths() -> dict[str, Estimate]:
     """How often the longer answer is the chosen one: in the project's pairs, in biased ones, and balanced."""
-    files = {split: DATA / f"kitchen_preferences/{split}.jsonl" for split in ("train", "test")}
-    pairs = {split: read_records(path, "preference") for split, path in files.items()}
-    longer = [len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs["train"]]
-    biased = [pair for i, pair in enumerate(pairs["train"]) if longer[i] or i % 5 == 0]
+    rows = pairs("train")
+    longer = [len(pair["chosen"]) > len(pair["rejected"]) for pair in rows]
+    biased = [pair for i, pair in enumerate(rows) if longer[i] or i % 5 == 0]
     selections = {
-        "kitchen_preferences, train": pairs["train"],
-        "kitchen_preferences, test": pairs["test"],
+        "kitchen_preferences, train": rows,
+        "kitchen_preferences, test": pairs("test"),
         "control: most of the shorter ones thrown out": biased,
         "the control, balanced again": balance_lengths(biased),
     }
@@ -339,32 +331,23 @@ def show_leak(stored: Measurement, live: Mapping[str, float]) -> dict[str, Estim
     def points(name: str, which: str) -> list[float]:
         return [100 * value for value in stored.values(name, which, "exact match")]
 
-    pairs = {
+    against = {
         f"{name} − clean,\non the {which}": (points(key, which), points("clean", which))
         for name, key in (("leaked", "leaked"), ("control", "wrong tickets"))
         for which in ("leaked rows", "untouched rows")
     }
-    found = {name: paired_difference(*values) for name, values in pairs.items()}
+    found = {name: paired_difference(*values) for name, values in against.items()}
     leaked, untouched, control, _ = found.values()
     show_differences(
         f"A leak: {leaked.value:+.0f} points on the rows that leaked; on untouched rows: "
         + verdict(untouched, "better", "worse"),
-        pairs,
+        against,
         unit="difference in tickets exactly right (points)",
         caption=f"16 rows, 14 steps of 4; control: leaked with wrong tickets; {stored.origin()};",
     )
-    rows = [
-        {
-            "trained on": name,
-            **{
-                f"right on the {which}": ", ".join(f"{value:.0f}%" for value in points(name, which))
-                for which in ("leaked rows", "untouched rows")
-            },
-        }
-        for name in ("clean", "leaked", "wrong tickets")
-    ]
-    said = ", ".join(f"{share:.0%} on the {which}" for which, share in live.items())
-    show_table(rows, f"each stored seed; the leaked run here, seed 0: {said}; 8 leaked and 40 untouched rows")
+    said = {which: [f"{share:.0f}%" for share in points("clean", which)] for which in live}
+    for which, share in live.items():
+        print(f"right on the {which}: {share:.0%} in this run; clean sets, stored: {', '.join(said[which])}")
     assert control.low <= 0, "notes that leaked with wrong tickets must not look better"
     return {"leaked rows": leaked, "untouched rows": untouched, "control": control}
 
@@ -372,7 +355,7 @@ def show_leak(stored: Measurement, live: Mapping[str, float]) -> dict[str, Estim
 # ── your own rows ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_own(own: OwnRows, share: float = 0.2, longest: int = 320) -> dict[str, float]:
+def train_own(own: OwnRows, group: str | None, share: float = 0.2, longest: int = 320) -> dict[str, float]:
     """Split a file's rows, train 20 steps on the larger part, and show the other before and after."""
     if own.kind not in ("sft", "chat", "preference"):
         raise ValueError(f"{own.path}: rows of kind {own.kind!r}; bring questions with answers, or pairs")
@@ -384,7 +367,7 @@ def train_own(own: OwnRows, share: float = 0.2, longest: int = 320) -> dict[str,
         rows = [{**row, "completion": row["chosen"]} for row in rows]
     if len(rows) < 15:
         raise ValueError(f"{len(rows)} rows are left; bring 15 or more, better 50")
-    rest, test = split_rows(rows, share, seed=0)
+    rest, test = split_rows(rows, share, seed=0, group=group)
     kept = drop_leaked(rest, test).kept
     print(f"{len(kept)} rows to train on, {len(test)} held out, {len(rest) - len(kept)} too near to those")
     model, history = train_rows(kept)
