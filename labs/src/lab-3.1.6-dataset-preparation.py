@@ -8,8 +8,7 @@
 #
 # ## What you will make
 #
-# The tools that turn a file into a training set, from a converter to a split that does not leak. At the end you train on **fifty
-# rows of your own**.
+# The tools that turn a file into a training set. At the end you train on **fifty rows of your own**.
 #
 # ## What you should know first
 #
@@ -21,8 +20,7 @@
 # ## The picture
 #
 # Watch a good kitchen an hour before it opens. Nobody cooks. They wash, sort, throw out the soft onion, and put everything
-# in labelled boxes. The French call it *mise en place*, everything in its place. No guest sees it, and no stove can replace
-# it: a rotten onion does not get better in the pan.
+# in labelled boxes: *mise en place*. No guest sees it, and no stove can replace it. A rotten onion does not get better in the pan.
 
 # %%
 import json
@@ -46,8 +44,8 @@ from spark_ft.models import load_tokenizer
 # %% [markdown]
 # ## It works
 #
-# A colleague sends fifty orders with their tickets, as a spreadsheet. The next cell reads the file, and keeps what is fit to train
-# on. It trains an adapter for 20 steps, and asks for three new tickets before and after.
+# A colleague sends fifty orders with their tickets, as a spreadsheet. The next cell keeps what is fit to train on, trains an adapter
+# for 20 steps, and asks for three new tickets before and after.
 
 # %%
 tokenizer = load_tokenizer(EMBEDDED)
@@ -58,7 +56,7 @@ model, history = study.train_rows(rows.records)
 study.show_before_after(model, tickets("validation")[2:5])
 
 # %% [markdown]
-# Ten rows went, each with a line and a reason. The answers are tickets now, though not all of them are right. Build what just ran.
+# Ten rows went, each with a line and a reason. The answers are tickets now, though not all are right. Build what just ran.
 #
 # ## Build it
 #
@@ -77,8 +75,8 @@ study.show_before_after(model, tickets("validation")[2:5])
 # ### Exercise 1: ShareGPT and messages
 # ●●○ importance · ●○○ difficulty · 10 minutes
 #
-# `human` becomes `user`, `gpt` becomes `assistant`, `system` stays. Write both ways. Do not touch the texts. Keep the fields that
-# you don't know, and leave the given row as it was.
+# `human` becomes `user`, `gpt` becomes `assistant`, `system` stays. Write both ways. Keep texts, unknown fields, and the given row as
+# they are.
 #
 # <details><summary>Hint: the other fields</summary>
 #
@@ -128,8 +126,8 @@ print(tokenizer.apply_chat_template(chats[26]["messages"][:1], tokenize=False))
 # ### The template, and what is learned
 #
 # That is a question as the model reads it. The tokenizer's **chat template** wrote the marks, and a system turn that nobody asked for.
-# Whoever writes marks by hand forgets it. The loss looks at some of these tokens and leaves the others out. You want **every
-# answer, with the end mark behind it**, and nothing that the user said:
+# The loss looks at some tokens and leaves the others out. You want **every answer, with the end mark behind it**, and nothing
+# that the user said:
 
 # %%
 show_tokens(tokenizer, *all_answers(chats[26], tokenizer))
@@ -139,8 +137,8 @@ show_tokens(tokenizer, *all_answers(chats[26], tokenizer))
 # ●●● importance · ●●○ difficulty · 12 minutes
 #
 # You get a chat's token ids, the ids of an answer's **head** (`<|im_start|>assistant` and a line break), and the id of the
-# **end** mark. Return one `True` or `False` per token: `True` for what the assistant says and for the end mark that closes
-# it. The template writes the head, so the head is `False`. The last head may have no answer yet.
+# **end** mark. Return `True` or `False` per token: `True` for what the assistant says and for the end mark that closes it. The
+# template writes the head: `False`. The last head may have no answer yet.
 #
 # <details><summary>Hint</summary>
 #
@@ -181,8 +179,8 @@ checks.check_mask_parity(answer_mask, study.with_generation_marks(tokenizer), ch
 # ### Exercise 3: mend the letters
 # ●○○ importance · ●○○ difficulty · 5 minutes
 #
-# Turn the text back into the bytes that it was read from, and read those as UTF-8: `Donâ€™t` becomes `Don’t`. A text that was
-# fine (`château`, `寿司`) usually does not survive one of the two steps. Return it as it is.
+# Turn the text back into its bytes, and read those as UTF-8: `Donâ€™t` becomes `Don’t`. A text that was fine (`château`, `寿司`)
+# fails in one of the two steps. Return it as it is.
 #
 # <details><summary>Hint</summary>
 #
@@ -221,8 +219,8 @@ mended = study.mended(messy)
 # ### Exercise 4: near-copies
 # ●●○ importance · ●●○ difficulty · 10 minutes
 #
-# Return $J$ for two texts. Words are what `\w+` finds, in lower case. It keeps `crème` whole, and makes two words of `don't` and of
-# `stir-fry`. A text of fewer than three words is one piece. A piece that comes twice counts once.
+# Return $J$ for two texts. Words are what `\w+` finds, in lower case: one in `crème`, two in `don't` and in `stir-fry`. A text of fewer
+# than three words is one piece. A piece that comes twice counts once.
 #
 # <details><summary>Hint: the pieces</summary>
 #
@@ -263,8 +261,8 @@ result = clean(mended, tests)
 marked = study.show_clean_up(result, faults, mended)
 
 # %% [markdown]
-# Nothing missed, and no good row gone. Be suspicious, and read the intervals. Whoever planted these faults knew the rules; real
-# dirt is fainter. No rule finds a false answer in good English. For that, somebody must read.
+# Nothing missed, and no good row gone. Be suspicious: whoever planted these faults knew the rules, and real dirt is fainter. No rule
+# finds a false answer in good English. For that, somebody must read.
 #
 # > **95% interval**: a range made by a method that contains the true value 19 times out of 20.
 #
@@ -342,8 +340,8 @@ yours.trains(
 # %% [markdown]
 # ### A bug hunt
 #
-# A colleague builds labels by hand. A label of −100 means "do not learn this token". She hides the padding, and nothing complains.
-# What is wrong, and which check would have found it?
+# A colleague builds labels by hand. −100 means "do not learn this token". She hides the padding. What is wrong, and which check would
+# have found it?
 
 # %% tags=["bug-hunt"]
 batch = collate_sft(rows.records[:4], tokenizer)
@@ -355,9 +353,9 @@ for name, those in (("collate_sft", batch["labels"]), ("hers", labels)):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# Four labels are missing, one per row. This model pads with `<|im_end|>`, the same token that ends an answer, so she hid the end
-# marks as well. Her model never learns to stop. Know padding by its place (`attention_mask`), never by its id. Your check of
-# exercise 2 finds it: "the end mark is not marked".
+# Four labels are missing, one per row. This model pads with `<|im_end|>`, which also ends an answer, so she hid the end marks too. Her
+# model never learns to stop. Know padding by its place (`attention_mask`), never by its id. The check of exercise 2 finds it:
+# "the end mark is not marked".
 # </details>
 
 # %% [markdown] tags=["predict"]
@@ -365,8 +363,8 @@ for name, those in (("collate_sft", batch["labels"]), ("hers", labels)):
 #
 # ### A wrong template, in use
 #
-# The next cell trains on the same rows with the marks of another model, `[INST] … [/INST] … </s>`. The model in use
-# then gets questions through its *own* template, as a server would send them.
+# The next cell trains on the same rows with another model's marks, `[INST] … [/INST] … </s>`. Then the model gets questions
+# through its *own* template, as a server sends them.
 #
 # **Predict, then run.** The training loss falls just as low. Of 24 new orders, how many answers are exactly right?
 #
@@ -387,17 +385,17 @@ used = study.show_in_use(runs, tickets("validation")[2:26])
 # <details><summary>Answer</summary>
 #
 # None, although 8 of 24 answers begin with the right ticket (10 with the right template). To this tokenizer `</s>` is plain text, so
-# the model learned to write it and never to stop. A line break as `END` is as bad. With `END = "<|im_end|>"` 23 of 24 answers stop,
-# and 10 are right: on this small task, with this one seed, the marks around the *question* did no harm that we can see. Do not
-# rely on that. Let the tokenizer write all marks.
+# the model never learned to stop. A line break as `END` is as bad. With `END = "<|im_end|>"` 23 of 24 answers stop and 10 are
+# right: in this one seed, the marks around the *question* did no harm that we can see. Do not rely on that. Let the tokenizer
+# write all marks.
 # </details>
 
 # %% [markdown] tags=["predict"]
 # ### What a leak does
 #
-# Take sixteen tickets to learn from. In a second set, replace eight of them by rows *of the test*. Score both models on those eight
-# rows, and on forty that nobody has seen. In the **control** the same eight orders leak, each with another order's ticket. If
-# the answers are what is learned by heart, the control must not look better. Five seeds are stored; you train the leaked set of one.
+# One set has sixteen tickets. In a second set, eight of them are replaced by rows *of the test*. Both models are scored on those eight
+# rows, and on forty that nobody has seen. In the **control** the same eight orders leak, each with another order's ticket. If the
+# answers are learned by heart, the control must not look better. Five seeds are stored; you train the leaked set of one.
 #
 # > **Seed**: the number that fixes all that is random in a run. Several seeds show how much luck there is.
 #
@@ -418,17 +416,17 @@ leak = study.show_leak(stored, live)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# On the rows that leaked it gains some 58 points. On untouched rows the interval contains zero: we cannot tell. The control gains
-# nothing, and wrong tickets harm it on the untouched rows. So a score on a leaked test is the score of a memory. In a real project
-# nobody shows you the second row of this figure, unless you keep rows that never leave the house.
+# On the rows that leaked it gains some 58 points. On untouched rows the interval contains zero: we cannot tell. The control shows no
+# gain. So a score on a leaked test is the score of a memory. In a real project you never see the second row of this figure, unless
+# you keep rows that never leave the house.
 # </details>
 
 # %% [markdown]
 # ### Fifty rows of your own
 #
-# Write the path of a file: CSV, a JSON array or JSONL, with Alpaca, ShareGPT, messages, or columns called `question` and `answer`.
-# The cell checks, cleans, splits and trains. Without a file it takes fifty of the messy questions. **Read the report first.**
-# (In a terminal, `spark-ft data FILE` checks and cleans, and writes what is left.)
+# Name a file: CSV, a JSON array or JSONL, with Alpaca, ShareGPT, messages, or columns called `question` and `answer`. The cell checks,
+# cleans, splits and trains. Without a file it takes fifty of the messy questions. **Read the report first.** (In a terminal,
+# `spark-ft data FILE` checks and cleans, and writes what is left.)
 
 # %% tags=["experiment"]
 FILE = None  # yours: "/home/you/questions.csv"
