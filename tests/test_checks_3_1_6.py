@@ -14,13 +14,17 @@ import pytest
 import torch
 from helpers import accepts, mutant, printed_by, refuses, then
 
+from spark_ft.data.chat import all_answers
 from spark_ft.data.cleaning import drop_leaked, mend_encoding
 from spark_ft.data.formats import messages_to_sharegpt, sharegpt_to_messages
+from spark_ft.data.own import own_rows
 from spark_ft.data.records import read_records
 from spark_ft.files import ROOT
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import lab_3_1_6 as study
+from spark_ft.lab.kitchen import TICKETS
 from spark_ft.lab.parity import GENERATION_TEMPLATE
+from spark_ft.lab.study import lab_3_1_6 as shown
 from spark_ft.models import load_tokenizer
 
 
@@ -554,3 +558,30 @@ def test_the_three_training_sets_differ_in_what_leaked_and_in_nothing_else():
         assert len(drop_leaked(sets["leaked"], leaked).dropped) == len(leaked)
         assert not drop_leaked(sets["clean"], leaked + untouched).dropped
     assert study.draw(0) == study.draw(0) != study.draw(1)
+
+
+def test_the_example_files_hold_fifty_rows_and_their_faults():
+    orders = own_rows(shown.example_file()).cleaned(own_rows(TICKETS / "validation.jsonl"))
+    kinds = Counter(said.split(":")[0] for _, said in orders.faults)
+    assert len(orders.records) == 40
+    assert kinds["exact duplicate"] == 3
+    assert kinds["near duplicate"] == kinds["leaked"] == kinds["encoding"] == 2
+    questions = own_rows(shown.example_file("questions.json"))
+    assert (questions.kind, len(questions.records)) == ("sft", 50)
+
+
+def test_a_split_by_group_never_parts_a_group_and_one_by_rows_does():
+    rows = shown.pairs("train")
+    for group, shared in (("core", False), (None, True)):
+        train, held_out = shown.split_rows(rows, 0.2, 0, group)
+        assert len(train) + len(held_out) == len(rows)
+        assert bool({row["core"] for row in train} & {row["core"] for row in held_out}) is shared
+
+
+def test_rows_under_marks_by_hand_learn_the_answer_and_its_end():
+    tokenizer = load_tokenizer()
+    row = {"prompt": "two soups", "completion": '{"qty":2}'}
+    ids, learned = shown.by_hand(lambda order: f"[INST] {order} [/INST] ", "</s>")(row, tokenizer)
+    assert tokenizer.decode(ids) == '[INST] two soups [/INST] {"qty":2}</s>'
+    assert tokenizer.decode(ids[learned.index(True) :]) == '{"qty":2}</s>'
+    assert shown.marked_by(mask)(row, tokenizer) == all_answers(row, tokenizer)

@@ -14,15 +14,9 @@ import torch
 from torch import nn
 
 from spark_ft.adapters import adapters_disabled, add_adapters
+from spark_ft.data import cleaning
 from spark_ft.data.batches import Learn, collate_sft, sft_batches
 from spark_ft.data.chat import all_answers, conversation
-from spark_ft.data.cleaning import (
-    Cleaned,
-    drop_broken_encoding,
-    drop_leaked,
-    drop_near_duplicates,
-    mend_encoding,
-)
 from spark_ft.data.own import OwnRows
 from spark_ft.data.pairs import balance_lengths, length_baseline
 from spark_ft.data.records import read_records
@@ -183,15 +177,16 @@ def show_in_use(
 
 def mended(rows: Sequence[Row]) -> list[Row]:
     """The rows with their letters put right where that can be done; says how many are broken still."""
-    right = [{**row, **{name: mend_encoding(row[name]) for name in ("prompt", "completion")}} for row in rows]
-    broken = [len(drop_broken_encoding(some).dropped) for some in (rows, right)]
+    fields = ("prompt", "completion")
+    right = [{**row, **{name: cleaning.mend_encoding(row[name]) for name in fields}} for row in rows]
+    broken = [len(cleaning.drop_broken_encoding(some).dropped) for some in (rows, right)]
     print(f"rows with broken letters: {broken[0]}; after mending: {broken[1]}, with letters lost for good")
     return right
 
 
 def show_near(rows: Sequence[Row]) -> None:
     """Some near-duplicates that differ in a word or a mark, and how many rows go in all."""
-    dropped = drop_near_duplicates(rows).dropped
+    dropped = cleaning.drop_near_duplicates(rows).dropped
     edited = [drop for drop in dropped if drop.record["completion"] != rows[drop.copy_of]["completion"]]
     table = [
         {
@@ -204,7 +199,7 @@ def show_near(rows: Sequence[Row]) -> None:
     show_table(table, f"three of {len(dropped)} rows that go; equal rows are among them")
 
 
-def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
+def show_clean_up(result: cleaning.Cleaned, faults: Mapping[str, str], rows: list[Row]) -> dict[str, float]:
     """A clean-up marked with the list of planted faults: found, kind by kind, and good rows that went."""
     went = {drop.record["id"]: drop for drop in result.dropped}
     there = {row["id"] for row in rows}
@@ -212,8 +207,9 @@ def show_clean_up(result: Cleaned, faults: Mapping[str, str], rows: Sequence[Row
     for kind in sorted(set(faults.values())):
         planted = [name for name, fault in faults.items() if fault == kind and name in there]
         right = [name for name in planted if name in went and went[name].fault == kind]
-        stayed = [name for name in planted if name not in went] if kind == "encoding" else []
-        mended = len(stayed) - len(drop_broken_encoding([r for r in rows if r["id"] in stayed]).dropped)
+        stayed = [row for row in rows if row["id"] in planted and row["id"] not in went]
+        still = len(cleaning.drop_broken_encoding(stayed).dropped)
+        mended = len(stayed) - still if kind == "encoding" else 0
         hits += len(right) + mended
         table.append(
             {
@@ -279,15 +275,9 @@ def show_splits(rows: Sequence[Row], share: float = 0.2, seed: int = 0) -> dict[
         train_side, test = split_rows(rows, share, seed, group)
         known = {row["core"] for row in train_side}
         leaked[name] = sum(row["core"] in known for row in test)
-        noticed = len(drop_leaked(train_side, test).dropped)
-        table.append(
-            {
-                "split": name,
-                "test rows": len(test),
-                "with their core in training": leaked[name],
-                "rows that drop_leaked notices": noticed,
-            }
-        )
+        noticed = len(cleaning.drop_leaked(train_side, test).dropped)
+        row = {"split": name, "test rows": len(test), "with their core in training": leaked[name]}
+        table.append({**row, "rows that drop_leaked notices": noticed})
     show_table(table, "training pairs of kitchen_preferences, three in other words per core; seed 0")
     return leaked
 
@@ -348,27 +338,30 @@ def show_leak(stored: Measurement, live: Mapping[str, float]) -> dict[str, Estim
     said = {which: [f"{share:.0f}%" for share in points("clean", which)] for which in live}
     for which, share in live.items():
         print(f"right on the {which}: {share:.0%} in this run; clean sets, stored: {', '.join(said[which])}")
-    assert control.low <= 0, "notes that leaked with wrong tickets must not look better"
+    assert control.low <= 0, "orders that leaked with wrong tickets must not look better"
     return {"leaked rows": leaked, "untouched rows": untouched, "control": control}
 
 
 # ── your own rows ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_own(own: OwnRows, group: str | None, share: float = 0.2, longest: int = 320) -> dict[str, float]:
+def train_own(own: OwnRows, group: str | None, longest: int = 320, most: int = 100) -> dict[str, Any]:
     """Split a file's rows, train 20 steps on the larger part, and show the other before and after."""
     if own.kind not in ("sft", "chat", "preference"):
         raise ValueError(f"{own.path}: rows of kind {own.kind!r}; bring questions with answers, or pairs")
-    rows = [row for row, length in zip(own.records, own.lengths, strict=True) if length <= longest]
+    short = [row for row, length in zip(own.records, own.lengths, strict=True) if length <= longest]
+    rows = short[:most]
     if len(rows) < len(own.records):
-        print(f"left out here: {len(own.records) - len(rows)} rows of more than {longest} tokens")
+        print(f"taken here: {len(rows)} of {len(own.records)} rows, at most {longest} tokens each")
+    if group and any(group not in row for row in rows):
+        raise ValueError(f"{own.path}: not every row has the field {group!r}; name one that all have")
     if own.kind == "preference":
         print("pairs: trained on `chosen` alone; lab 3.1.7 uses both")
         rows = [{**row, "completion": row["chosen"]} for row in rows]
     if len(rows) < 15:
         raise ValueError(f"{len(rows)} rows are left; bring 15 or more, better 50")
-    rest, test = split_rows(rows, share, seed=0, group=group)
-    kept = drop_leaked(rest, test).kept
+    rest, test = split_rows(rows, 0.2, seed=0, group=group)
+    kept = cleaning.drop_leaked(rest, test).kept
     print(f"{len(kept)} rows to train on, {len(test)} held out, {len(rest) - len(kept)} too near to those")
     model, history = train_rows(kept)
     after = row_losses(model, test)
@@ -377,9 +370,8 @@ def train_own(own: OwnRows, group: str | None, share: float = 0.2, longest: int 
     change = paired_difference(after, before)
     show_before_after(model, test[:3], tokens=64)
     said = {"better": "lower", "worse": "higher"}.get(verdict(change, "worse", "better"), "cannot tell")
-    steps = len(history.losses)
-    print(f"training loss {history.losses[0]:.2f} to {history.losses[-1]:.2f} in {steps} steps, one seed")
-    print(f"held-out loss, after − before: {change.signed(2)} nats per token, {len(test)} rows: {said}")
+    print(f"training loss, {len(history.losses)} steps: {history.losses[0]:.2f} to {history.losses[-1]:.2f}")
+    print(f"held-out loss, after − before: {change.signed(2)} nats per token ({said}); one seed")
     return {"rows": len(kept), "change": change.value, "verdict": said}
 
 
