@@ -180,7 +180,7 @@ checks.check_mask_parity(answer_mask, study.with_generation_marks(tokenizer), ch
 # ●○○ importance · ●○○ difficulty · 5 minutes
 #
 # Turn the text back into its bytes, and read those as UTF-8: `Donâ€™t` becomes `Don’t`. A text that was fine (`château`, `寿司`)
-# fails in one of the two steps. Return it as it is.
+# nearly always fails in one of the two steps. Return it as it is.
 #
 # <details><summary>Hint</summary>
 #
@@ -266,7 +266,8 @@ marked = study.show_clean_up(result, faults, mended)
 #
 # > **95% interval**: a range made by a method that contains the true value 19 times out of 20.
 #
-# A clean-up can also spoil good rows. Many begin with `" ".join(text.split())`. Some answers here are Python:
+# A clean-up can also spoil good rows. Many begin with `" ".join(text.split())`. Some answers here are Python, and afterwards none of
+# them is:
 
 # %%
 study.show_white_space(result.kept)
@@ -314,11 +315,11 @@ checks.check_split(split_by_core)
 split = study.show_splits(study.pairs("train"))
 
 # %% [markdown]
-# The search for near-copies compares words. "How hot for bread?" and "What oven for a loaf?" are no copies to it. So **write
-# the group down when you make the row**.
+# Split by rows, and every test row has its core in training. The search for near-copies notices none of them, since it compares words:
+# "How hot for bread?" and "What oven for a loaf?" have one in common. So **write the group down when you make the row**.
 #
 # Pairs ([3.1.7](lab-3.1.7-dpo-training.ipynb)) and thumbs ([3.1.9](lab-3.1.9-kto-binary-feedback.ipynb)) need one more look. Where
-# the better answer is mostly the longer one, a model learns to write long.
+# the better answer is mostly the longer one, a model learns to write long. How often is it, and would this count notice?
 
 # %%
 lengths = study.show_lengths()
