@@ -1,18 +1,19 @@
-"""Checks of lab 3.1.6: conversion both ways, answer masks, near-duplicates, balanced lengths, splits."""
+"""Checks of lab 3.1.6: conversion both ways, answer masks, mended letters, near-duplicates, splits."""
 
-import copy
+import inspect
 import itertools
-import json
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
-from spark_ft.lab.checks import CheckFailed, check, require
+from spark_ft.lab.checks import CheckFailed, call, check, require
 
 Row = dict[str, Any]
 
@@ -24,7 +25,16 @@ def _draw() -> random.Random:
 
 def _returned(value: Any, kind: type | tuple[type, ...], what: str, wanted: str) -> None:
     require(value is not None, f"{what} returned None; is a return missing?")
+    require(
+        not inspect.isgenerator(value), f"{what} returned a generator: write return and not yield; {wanted}"
+    )
     require(isinstance(value, kind), f"{what} returned {type(value).__name__}; {wanted}")
+
+
+def _short(value: Any, most: int = 50) -> str:
+    """A value as Python writes it, cut to what a message has room for."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ── exercise 1 ──
@@ -37,6 +47,7 @@ TEXTS = [
     "\tmake: soup\n",
     "½ of it at 180 °C – voilà 🥞",
     "user: this is a text, not a turn",
+    "Don’t stir-fry the crème fraîche: it’s done",
     "{braces} and {{ more }}",
     "gpt",
     "human",
@@ -76,27 +87,21 @@ def check_sharegpt(to_messages: Callable[[Row], Row], to_sharegpt: Callable[[Row
     return "there and back gives the same row, with system turns, white space and unknown fields"
 
 
+SYSTEM_TURN = "a chat may begin with a system turn"
+CONVERT_MENDS = {"'system'": SYSTEM_TURN, "'from'": "only ShareGPT has it", "'role'": "ShareGPT has none"}
+
+
 def _converted(name: str, convert: Callable[[Row], Row], row: Row) -> Row:
-    before = copy.deepcopy(row)
-    try:
-        result = convert(row)
-    except KeyError as error:
-        has = (
-            "a chat may begin with a system turn"
-            if "system" in str(error)
-            else f"the row has {', '.join(row)}"
-        )
-        raise CheckFailed(f"{name} has no entry for {error}: {has}") from error
+    result = call(convert, name, row, mends=CONVERT_MENDS)
     _returned(result, dict, name, "a row (a dict) goes in and a row comes out")
     require(
-        row == before,
-        f"{name} changed the row it was given: make new dicts, since other code may need the old ones",
+        result is not row, f"{name} gave back the very row that it got: make a new dict and leave the old one"
     )
     return result
 
 
 def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: str, old: str) -> None:
-    require(field in got, f'{name}: there is no "{field}" in {sorted(got)}')
+    require(field in got, f'{name}: there is no "{field}" in {_short(list(got), 100)}')
     require(
         old not in got,
         f'{name}: "{old}" is still there beside "{field}"; sooner or later two copies differ',
@@ -113,7 +118,8 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
     called = list(NAMES.values() if who == "role" else NAMES)
     foreign = [speaker for speaker in speakers if speaker not in called]
     require(
-        not foreign, f'{name}: "{who}" is {foreign[:1]}; here the speakers are called {", ".join(called)}'
+        not foreign,
+        f'{name}: "{who}" is {_short(foreign[:1])}; here the speakers are called {", ".join(called)}',
     )
     dropped_system = right[0] == "system" and speakers == right[1:]
     require(
@@ -124,24 +130,36 @@ def _same_chat(name: str, got: Row, expected: Row, field: str, who: str, what: s
     require(speakers == right or speakers != right[::-1], f"{name}: the turns are in reverse order")
     require(
         speakers == right,
-        f'{name}: "{who}" is {speakers}, but should be {right}; take it from the turn itself, not from its '
-        "place: two questions may follow each other",
+        f'{name}: "{who}" is {_short(speakers, 36)}, but should be {_short(right, 36)}; take it from the '
+        "turn and not from its place: two questions may follow each other",
     )
     for turn, true in zip(turns, wanted, strict=True):
         said, text = turn[what], true[what]
         require(
-            said == text or not isinstance(said, str) or said != text.strip(),
-            f"{name}: {text!r} lost the white space at its ends, which has a meaning in code",
+            said == text or not isinstance(said, str) or said not in (text.strip(), text.rstrip()),
+            f"{name}: {_short(text)} lost the white space at its ends, which has a meaning in code",
         )
-        require(said == text, f"{name}: {text!r} became {said!r}; a conversion never touches the text")
-    require(
-        got == expected,
-        f"{name} gave {json.dumps(got, ensure_ascii=False)[:300]}, but not all of it was in the row",
-    )
+        require(
+            said == text or not isinstance(said, str) or said != unicodedata.normalize("NFKD", text),
+            f"{name}: {_short(text)} is spelled with other characters now; a conversion never touches a text",
+        )
+        require(
+            said == text,
+            f"{name}: {_short(text)} became {_short(said)}; a conversion never touches the text",
+        )
+        extra = sorted(map(str, turn.keys() - true.keys()))
+        require(
+            not extra, f'{name}: a turn has "{", ".join(extra)[:40]}" too; it has only "{who}" and "{what}"'
+        )
+    added = sorted(map(str, got.keys() - expected.keys()))
+    require(not added, f'{name}: "{", ".join(added)[:40]}" is new; not all of it was in the row')
+    changed = [key for key in expected if got[key] != expected[key]]
+    require(not changed, f'{name}: "{"".join(changed[:1])}" was changed; not all of it was in the row')
 
 
 def _keys(turns: list[Any]) -> str:
-    return next((str(sorted(t)) if isinstance(t, dict) else type(t).__name__ for t in turns), "nothing")
+    said = (_short(list(t), 60) if isinstance(t, dict) else type(t).__name__ for t in turns)
+    return next(said, "nothing")
 
 
 # ── exercise 2 ──
@@ -224,22 +242,40 @@ def check_answer_mask(answer: Callable[[list[int], list[int], int], list[bool]])
     ]
     found = []
     for ids, _ in chats:
-        got = answer(list(ids), list(HEAD), END)
-        require(got is not None, "answer_mask returned None; is a return missing?")
-        got = list(got)
-        require(len(got) == len(ids), f"{len(got)} marks for {len(ids)} tokens; there must be one for each")
-        require(-100 not in got, "there are labels of −100; return True and False, not labels")
-        found.append([bool(mark) for mark in got])
+        found.append(_marks(call(answer, "answer_mask", list(ids), list(HEAD), END), ids))
     for message, mistake in MASK_MISTAKES.items():
         if all(marks == mistake(*chat) for marks, chat in zip(found, chats, strict=True)):
             raise CheckFailed(message)
     for marks, (ids, right) in zip(found, chats, strict=True):
         place = next((i for i, pair in enumerate(zip(marks, right, strict=True)) if pair[0] != pair[1]), None)
-        require(
-            place is None,
-            f"with head {HEAD} and end {END}, the mark at {place} of {ids} is wrong; they should be {right}",
-        )
+        if place is not None:
+            near = slice(max(0, place - 4), place + 2)
+            raise CheckFailed(
+                f"with head {HEAD} and end {END}, the mark of {ids[place]} in … {ids[near]} … is wrong: "
+                f"{marks[place]}, but they should be {right[near]}"
+            )
     return "every answer and its end mark, and nothing else"
+
+
+def _marks(got: Any, ids: list[int]) -> list[bool]:
+    """The marks as a list of bools; tensors, arrays, zeros and ones pass."""
+    name = "answer_mask"
+    got = got.tolist() if isinstance(got, torch.Tensor | np.ndarray) else got
+    _returned(got, (list, tuple), name, "give a list of True and False")
+    require(len(got) == len(ids), f"{len(got)} marks for {len(ids)} tokens; there must be one for each")
+    numbers = [mark for mark in got if isinstance(mark, bool | int | float | np.generic | torch.Tensor)]
+    require(
+        len(numbers) == len(got),
+        f"a mark is of type {_odd_type(got, numbers)}; give one True or False per token",
+    )
+    require(-100 not in numbers, "there are labels of −100; return True and False, not labels")
+    odd = [mark for mark in numbers if mark not in (0, 1)]
+    require(not odd, f"a mark is {_short(odd[:1])[1:-1]}; return True or False, not tokens or places")
+    return [bool(mark) for mark in got]
+
+
+def _odd_type(got: Iterable[Any], numbers: list[Any]) -> str:
+    return next((type(mark).__name__ for mark in got if not any(mark is one for one in numbers)), "?")
 
 
 def _spans(marks: list[bool]) -> list[tuple[int, int]]:
@@ -281,6 +317,99 @@ def check_mask_parity(
 
 # ── exercise 3 ──
 
+WHOLE = [  # as they should be; broken, each holds characters of cp1252 alone
+    "Crème brûlée",
+    "Don’t stir – it’s done…",
+    "Käsespätzle at 180 °C",
+    "stir-fried jalapeños",
+    "œufs à la neige",
+    "½ l of crème fraîche",
+    "  smørrebrød\n\twith a tab",
+    "2 € for a piece of pão",
+]
+FINE = [  # nothing is wrong with them
+    "Don't touch: plain letters, well-known marks",
+    "château-bottled, naïve, café",
+    "PÃO DE QUEIJO",
+    "🥞 pancakes – voilà",
+    "寿司 with 2 cm of daikon",
+    "Ärger mit Öl",
+    "",
+]
+
+
+def _broken(text: str) -> str:
+    return text.encode("utf-8").decode("cp1252")
+
+
+def _by(encode: str, decode: str, errors: str = "strict") -> Callable[[str], str]:
+    def change(text: str) -> str:
+        try:
+            return text.encode(encode, errors).decode(decode, errors)
+        except UnicodeError:
+            return text
+
+    return change
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+_mended = _by("cp1252", "utf-8")
+MEND_MISTAKES: dict[str, Callable[[str], str]] = {
+    "nothing is mended": lambda text: text,
+    "“â€™” and “â€“” stay: they come from cp1252, and latin-1 has no €": _by("latin-1", "utf-8"),
+    "letters are lost: no errors='ignore'; give a text that does not fit back as it is": (
+        _by("cp1252", "utf-8", "ignore")
+    ),
+    "letters became � or ?: no errors='replace'; give a text that does not fit back as it is": (
+        _by("cp1252", "utf-8", "replace")
+    ),
+    "it is broken once more: encode with cp1252 and decode as UTF-8, not the other way round": (
+        _by("utf-8", "cp1252")
+    ),
+    "the accents are gone; “crème” keeps its è": lambda text: _plain(_mended(text)),
+    "white space at the ends is gone": lambda text: _mended(text).strip(),
+    "capitals are lost": lambda text: _mended(text).lower(),
+    "é is two characters now: leave out unicodedata": lambda text: unicodedata.normalize(
+        "NFD", _mended(text)
+    ),
+    "it is bytes now written as text: decode, not str()": lambda text: str(text.encode("cp1252", "ignore")),
+}
+
+
+@check
+def check_mend(answer: Callable[[str], str]) -> str:
+    """mend(text): UTF-8 that was read as cp1252 put right, and every other text as it is."""
+    pairs = [(_broken(text), text) for text in WHOLE] + [(text, text) for text in [*FINE, *WHOLE]]
+    found = []
+    for given, right in _draw().sample(pairs, len(pairs)):
+        name = f"mend({_short(given, 40)})"
+        fine = "give a text that does not fit back as it is"
+        got = call(answer, name, given, mends={"codec": fine})
+        require(
+            got is not None or given == right,
+            f"{name} returned None; is a return missing?",
+        )
+        require(got is not None, f"{name} returned None; a text that is fine comes back as it is")
+        require(not isinstance(got, bytes), f"{name} returned bytes; decode them: .decode('utf-8')")
+        _returned(got, str, name, "a text goes in and a text comes out")
+        found.append((given, got, right))
+    for message, mistake in MEND_MISTAKES.items():
+        if all(got == mistake(given) for given, got, _ in found):
+            raise CheckFailed(message)
+    for given, got, right in found:
+        if got == right:
+            continue
+        if given == right:
+            raise CheckFailed(f"{_short(given)} was fine, and it became {_short(got)}; leave it as it is")
+        raise CheckFailed(f"{_short(given)} became {_short(got)}, but should be {_short(right)}")
+    return f"{len(WHOLE)} broken texts mended, and {len(FINE) + len(WHOLE)} fine ones left as they are"
+
+
+# ── exercise 4 ──
+
 
 def _pieces(text: str, size: int = 3, pattern: str = r"\w+", lower: bool = True) -> list[tuple[str, ...]]:
     words = re.findall(pattern, text.lower() if lower else text)
@@ -316,6 +445,21 @@ def _of(**how: Any) -> Callable[[str, str], float]:
 SHARE_MISTAKES: dict[str, Callable[[str, str], float]] = {
     "capitals count: lower-case both texts first": _of(lower=False),
     "commas and full stops count as parts of words: use the pattern \\w+": _of(pattern=r"\S+"),
+    "accented letters end a word: “crème” is one word; use the pattern \\w+": _of(pattern=r"[a-z0-9]+"),
+    "accents and digits end a word: “crème” is one word; use the pattern \\w+": _of(pattern=r"[a-z]+"),
+    "digits are no parts of words: use the pattern \\w+": _of(pattern=r"[^\W\d]+"),
+    "the parts of “don't” are one word: an apostrophe ends a word; use the pattern \\w+": (
+        _of(pattern=r"[\w'’]+")
+    ),
+    "the parts of “stir-fry” are one word: a hyphen ends a word; use the pattern \\w+": (
+        _of(pattern=r"[\w-]+")
+    ),
+    "the parts of “don't” and “stir-fry” are one word; use the pattern \\w+": _of(pattern=r"[\w'’-]+"),
+    "marks are taken out before the words are: “don't” is two words; use the pattern \\w+": (
+        lambda a, b: _of()(*(re.sub(r"[^\w\s]", "", text) for text in (a, b)))
+    ),
+    "accents are taken off: “crème” is not “creme”": lambda a, b: _of()(_plain(a), _plain(b)),
+    "words of one letter are left out; use the pattern \\w+": _of(pattern=r"\w\w+"),
     "divided by the smaller set, so a short text inside a long one is a copy; divide by the union": _over(
         lambda x, y: min(len(x), len(y))
     ),
@@ -339,8 +483,11 @@ SHARE_MISTAKES: dict[str, Callable[[str, str], float]] = {
 }
 
 
+HARD_WORDS = ["crème", "jalapeño", "don't", "it’s", "stir-fry", "é", "x"]  # where patterns differ
+
+
 def _texts(rng: random.Random) -> list[tuple[str, str]]:
-    """Pairs of texts: equal, unrelated, short, and edited with capitals, commas and a repeated stretch."""
+    """Pairs of texts: equal, unrelated, short, edited, and such as differ by an accent or a mark."""
     words = [f"w{i}" for i in range(12)]
 
     def text(count: int) -> str:
@@ -353,9 +500,18 @@ def _texts(rng: random.Random) -> list[tuple[str, str]]:
         ("Soup?", "soup"),
         ("leek soup", "leek"),
         ("Soup", "ham and eggs"),
+        ("Grilled crème on top", "grilled creme on top"),
+        ("Don't stir it yet", "dont stir it yet"),
+        ("A stir-fry for 2 today", "a stir fry for 2 today"),
+        ("A stirfry for 2 today", "a stir-fry for 3 today"),
+        ("Bake 10 minutes at 180 °C", "bake 12 minutes at 180 °C"),
+        ("it’s a jalapeño-free well-done one", "it's a jalapeño free well done one"),
     ]
     for i in range(16):  # in one of four pairs the first text is the longer one, in another the second
         whole = text(rng.randint(6, 14))
+        places = rng.sample(range(len(whole.split(" "))), 2)
+        hard = dict(zip(places, rng.sample(HARD_WORDS, 2), strict=True))
+        whole = " ".join(hard.get(place, word) for place, word in enumerate(whole.split(" ")))
         edited = [rng.choice([word.lower(), word.upper()]) for word in whole.split(" ")]
         edited[rng.randrange(len(edited))] = "other"
         edited += edited[:5] * (i % 2)
@@ -369,18 +525,18 @@ def check_shared_trigrams(answer: Callable[[str, str], float]) -> str:
     """shared_trigrams(a, b): Jaccard similarity of the sets of word trigrams."""
     pairs, found = _texts(_draw()), []
     for a, b in pairs:
-        try:
-            got = answer(a, b)
-        except ZeroDivisionError:
-            raise CheckFailed(
-                f"{a!r} and {b!r}: divided by zero; a text of fewer than three words counts as one piece"
-            ) from None
-        _returned(got, (int, float), "shared_trigrams", "a number from 0 to 1")
+        name = f"{_short(a, 22)} and {_short(b, 22)}"
+        mends = {"zero": "fewer than three words count as one piece"}
+        got = call(answer, name, a, b, mends=mends)
+        _returned(got, (int, float, np.generic, torch.Tensor), name, "a number from 0 to 1")
+        one = not isinstance(got, torch.Tensor) or got.numel() == 1
+        require(one, f"{name} returned {np.shape(got)}; a number from 0 to 1")
+        require(not math.isnan(float(got)), f"{name} is nan")
         found.append(float(got))
 
     def explained(share: Callable[[str, str], float]) -> bool:
         return all(
-            math.isclose(got, share(*pair), abs_tol=1e-9) for got, pair in zip(found, pairs, strict=True)
+            math.isclose(got, share(*pair), abs_tol=1e-6) for got, pair in zip(found, pairs, strict=True)
         )
 
     for message, mistake in SHARE_MISTAKES.items():
@@ -390,110 +546,10 @@ def check_shared_trigrams(answer: Callable[[str, str], float]) -> str:
         few = min(len(_pieces(a)[0]), len(_pieces(b)[0])) < 3
         short = "; fewer than three words count as one piece" if few else ""
         require(
-            math.isclose(got, right, abs_tol=1e-9),
-            f"{got:.3g} for {a!r} and {b!r}, but should be {right:.3g}{short}",
+            math.isclose(got, right, abs_tol=1e-6),
+            f"{got:.3g} for {_short(a, 60)} and {_short(b, 60)}, but should be {right:.3g}{short}",
         )
     return f"|A ∩ B| / |A ∪ B| of word trigrams, on {len(pairs)} pairs of texts"
-
-
-# ── exercise 4 ──
-
-
-def _gap(pair: Row) -> int:
-    return len(pair["chosen"]) - len(pair["rejected"])
-
-
-def _balanced(pairs: list[Row]) -> list[Row]:
-    ordered = sorted(pairs, key=lambda pair: abs(_gap(pair)))
-    longer, shorter = [p for p in ordered if _gap(p) > 0], [p for p in ordered if _gap(p) < 0]
-    count = min(len(longer), len(shorter))
-    return [p for p in ordered if _gap(p) == 0] + longer[:count] + shorter[:count]
-
-
-def _lengthy_pairs(rng: random.Random, longer: int, shorter: int, equal: int) -> list[Row]:
-    """Pairs with distinct gaps; few long words against many short ones, so that counts of words mislead."""
-    gaps = rng.sample(range(1, 90), longer + shorter)
-    signed = [gap if i < longer else -gap for i, gap in enumerate(gaps)] + [0] * equal
-    pairs = []
-    for gap in signed:
-        base = rng.randint(100, 160)
-        a, b = base + max(gap, 0), base + max(-gap, 0)
-        few = "".join(rng.choice("aeiou") for _ in range(max(a, b)))
-        many = (" " + rng.choice("aeiou")) * max(a, b)
-        chosen, rejected = rng.choice([(few, many), (many, few)])
-        pairs.append(
-            {
-                "prompt": f"question {rng.randrange(10**9)}",
-                "chosen": "c" + chosen[: a - 1],
-                "rejected": "r" + rejected[: b - 1],
-            }
-        )
-    rng.shuffle(pairs)
-    return pairs
-
-
-@check
-def check_balance(answer: Callable[[list[Row]], list[Row]]) -> str:
-    """balance(pairs): as many with the longer answer chosen as with the shorter; the most equal are kept."""
-    rng = _draw()
-    for longer, shorter, equal in ((6, 3, 1), (2, 7, 0), (4, 4, 2), (5, 0, 2), (0, 0, 3), (9, 5, 1)):
-        pairs = _lengthy_pairs(rng, longer, shorter, equal)
-        what = (
-            f"of {longer} pairs with the longer answer chosen, {shorter} with the shorter and {equal} equal"
-        )
-        given, before = list(pairs), copy.deepcopy(pairs)
-        kept = answer(given)
-        _returned(kept, (list, tuple), "balance", "it must be a list of pairs")
-        require(pairs == before, "a text was changed: keep or drop whole pairs, never cut a text")
-        require(
-            given == pairs,
-            "the given list was reordered or shortened: use sorted(), not .sort(), and build a new list",
-        )
-        _balance_is_right(list(kept), pairs, what)
-    return "as many longer as shorter ones, the most equal ones, and no more dropped than necessary"
-
-
-def _balance_is_right(kept: list[Row], pairs: list[Row], what: str) -> None:
-    for pair in kept:
-        known = pair in pairs
-        swapped = not known and any(
-            pair.get("chosen") == p["rejected"] and pair.get("rejected") == p["chosen"] for p in pairs
-        )
-        require(not swapped, "chosen and rejected are swapped: that teaches the worse answer")
-        require(known, "a returned pair is not among the given ones: keep or drop whole pairs")
-    require(len({pair["prompt"] for pair in kept}) == len(kept), "a pair is kept twice")
-    right = _balanced(pairs)
-    count = {sign: sum(sign * _gap(pair) > 0 for pair in kept) for sign in (1, -1)}
-    every = {sign: sum(sign * _gap(pair) > 0 for pair in pairs) for sign in (1, -1)}
-    equal = sum(_gap(pair) == 0 for pair in kept)
-    require(
-        equal == sum(_gap(pair) == 0 for pair in pairs),
-        f"{what}, {equal} equal ones are kept: keep all pairs of equal length, they show no preference",
-    )
-    by_words = {
-        sign: sum(sign * (len(p["chosen"].split()) - len(p["rejected"].split())) > 0 for p in kept)
-        for sign in (1, -1)
-    }
-    measured = "; measure characters with len(text), not words" if by_words[1] == by_words[-1] else ""
-    if count[1] != count[-1]:
-        require(len(kept) < len(pairs), f"{what}, all are kept: nothing was balanced")
-        raise CheckFailed(f"{what}, {count[1]} and {count[-1]} are kept: keep as many of both{measured}")
-    fewer = min(every.values())
-    require(
-        count[1] == fewer,
-        f"{what}, {count[1]} of each are kept, but {fewer} could be: drop no more than necessary",
-    )
-    ids = {pair["prompt"] for pair in right}
-    if {pair["prompt"] for pair in kept} != ids:
-        farthest = sorted(pairs, key=lambda pair: -abs(_gap(pair)))
-        unequal = {
-            p["prompt"] for sign in (1, -1) for p in [p for p in farthest if sign * _gap(p) > 0][:fewer]
-        }
-        worst = unequal | {p["prompt"] for p in pairs if _gap(p) == 0} == {pair["prompt"] for pair in kept}
-        which = "those with the largest difference" if worst else "some with a larger difference"
-        raise CheckFailed(
-            f"{what}, {which} are kept, others with a smaller one not: keep the equal ones{measured}"
-        )
 
 
 # ── exercise 5 ──
@@ -526,10 +582,6 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         ids = [row["id"] for row in rows]
         what = f"{len(rows)} rows of {groups} cores, a share of {share:g}"
         train, test = _split(answer, rows, share, 0)
-        require(
-            [row["id"] for row in rows] == ids,
-            "the given list was reordered; shuffle a copy",
-        )
         in_train, in_test = ({row["id"] for row in side} for side in (train, test))
         require(not in_train & in_test, f"{what}: row {min(in_train & in_test, default=0)} is on both sides")
         require(
@@ -538,6 +590,13 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         )
         lost = set(ids) - in_train - in_test
         require(not lost, f"{what}: {len(lost)} rows are on neither side")
+        new = (in_train | in_test) - set(ids)
+        require(not new, f"{what}: {len(new)} rows were not among the given ones")
+        cores = {row["id"]: row["core"] for row in rows}
+        require(
+            all(cores[row["id"]] == row.get("core") for row in (*train, *test)),
+            f"{what}: a row's core was changed; return the rows as they are",
+        )
         size = len(rows) * share
         largest = max(Counter(str(row["core"]) for row in rows).values())
         swapped = size <= len(train) < size + largest
@@ -550,19 +609,16 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
             not both,
             f"{what}: {len(both)} cores are on both sides, so train answers what test asks; draw whole cores",
         )
+        by_cores = len({str(row["core"]) for row in test})
+        hint = "; count rows, not cores" if by_cores == math.ceil(share * groups) else ""
         require(
             size <= len(test) < size + largest,
-            f"{what}: {len(test)} rows in test; take cores until it holds {size:.0f} rows, then stop",
+            f"{what}: {len(test)} rows in test; take cores until it holds {size:.0f} rows, then stop{hint}",
         )
-        state = random.getstate()
-        random.seed(rng.randrange(10**6))
-        try:
-            again = _split(answer, rows, share, 0)
-        finally:
-            random.setstate(state)
+        again = _split(answer, rows, share, 0)
         require(
             {row["id"] for row in again[1]} == in_test,
-            f"{what}: the same seed gave another split; use random.Random(seed), not the global generator",
+            f"{what}: the same seed gave another split; use random.Random(seed)",
         )
         _Group.salt += 1
         salted = _split(answer, [{**row} for row in rows], share, 0)
@@ -574,13 +630,27 @@ def check_split(answer: Callable[[list[Row], float, int], tuple[list[Row], list[
         others = [{row["id"] for row in _split(answer, rows, share, seed)[1]} for seed in range(1, 6)]
         require(
             any(other != in_test for other in others),
-            f"{what}: every seed gives the same split; shuffle the cores",
+            f"{what}: every seed gives the same split; shuffle the cores with random.Random(seed)",
         )
     return "whole cores, every row once, the requested share, and the same split for the same seed"
 
 
 def _split(answer: Callable, rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    got = answer(rows, share, seed)
+    before = [(id(row), dict(row)) for row in rows]
+    python, numpy = random.getstate(), str(np.random.get_state())
+    got = call(answer, "split_by_core", rows, share, seed, may_change=[rows])
+    require(
+        [id(row) for row in rows] == [place for place, _ in before],
+        "the given list was reordered or shortened; shuffle a copy",
+    )
+    require(
+        all(row == old for row, (_, old) in zip(rows, before, strict=True)), "a row was changed; leave it"
+    )
+    require(
+        random.getstate() == python and str(np.random.get_state()) == numpy,
+        "that draws from the generator that all code shares, or seeds it; use random.Random(seed), not the "
+        "global generator",
+    )
     _returned(got, (tuple, list), "split_by_core", "return (train, test)")
     require(len(got) == 2, f"split_by_core returned {len(got)} things; return (train, test)")
     require(
