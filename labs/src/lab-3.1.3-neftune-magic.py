@@ -36,7 +36,6 @@ import math
 from contextlib import contextmanager
 
 import torch
-from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from spark_ft import (
     adapters_disabled,
@@ -248,11 +247,11 @@ checks.check_parity(noisy_embeddings, embedding_noise)
 
 # %% tags=["bug-hunt"]
 answers = study.four_answers(tokenizer)
-hook = activate_neftune(model.train(), 5.0)
+hook = study.activate_neftune(model.train(), 5.0)  # transformers' own
 for _ in range(3):
     with torch.no_grad(), adapters_disabled(model):
         print([round(logp, 1) for logp in sequence_logps(model, answers)[0].tolist()])
-deactivate_neftune(model, hook)
+study.deactivate_neftune(model, hook)
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
