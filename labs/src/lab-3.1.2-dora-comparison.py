@@ -3,8 +3,8 @@
 #
 # **Time**: about 60 minutes.
 #
-# LoRA changes a weight matrix with one thin note. DoRA splits the job: a note *turns* each row of the matrix, and a number per row
-# says how *long* the row is. Its paper reports clear gains. Will you see them?
+# LoRA changes a weight matrix with one thin note. DoRA splits the job: a note *turns* each row, and one number per row says how
+# *long* it is. Its paper reports clear gains. Will you see them?
 #
 # ## What you will make
 #
@@ -14,15 +14,14 @@
 # ## What you should know first
 #
 # - [Lab 3.1.1](lab-3.1.1-lora-theory.ipynb): LoRA's note $sBA$ with $s = \alpha/r$. $A$ is (rank, in), and $B$ is (out, rank).
-# - PyTorch stores a linear layer's weight $W$ as (out, in). Each *row* makes one output.
+# - PyTorch stores a weight $W$ as (out, in). Each *row* makes one output.
 #
 # > **Norm** ‖w‖ of a row: its length. Square its entries, add them up, take the root.
 #
 # ## The picture
 #
-# On a mixing desk each channel has a **fader** and a set of **knobs**. The fader says how loud the channel is. The knobs say which
-# mix of sources it plays. A linear layer is such a desk, and each row of $W$ is a channel. The row's length is its volume,
-# and the row's direction is its mix:
+# On a mixing desk each channel has a **fader**, how loud, and **knobs**, which mix of sources. A linear layer is such a desk, and
+# each row of $W$ is a channel. The row's length is its volume, and its direction is its mix:
 #
 # $$W = m \cdot \frac{W}{\lVert W \rVert} \qquad \text{row by row, with } m = \lVert W \rVert$$
 #
@@ -31,7 +30,7 @@
 #
 # $$W' = m \cdot \frac{W + sBA}{\lVert W + sBA \rVert}$$
 #
-# In words: add the note, cut each row to length one, and stretch it to the magnitude $m$. What trains is $A$, $B$ and $m$.
+# Add the note, cut each row to length one, stretch it to the magnitude $m$. What trains is $A$, $B$ and $m$.
 
 # %%
 import torch
@@ -52,8 +51,8 @@ from spark_ft.lab.study import lab_3_1_2 as study
 # %% [markdown]
 # ## It works
 #
-# A waiter writes an order, and the kitchen wants a ticket in JSON. The next cell trains DoRA layers for 20 steps of four orders, and
-# asks for three new tickets.
+# A waiter writes an order; the kitchen wants a ticket in JSON. The next cell trains DoRA for 20 steps of four orders, and asks for
+# three new tickets.
 
 # %%
 model, history = tune_dora(seed=0)
@@ -193,9 +192,9 @@ four_orders = sft_batches(tickets("train"), tokenizer, 4)(0)
 along = study.show_held_still(four_orders)
 
 # %% [markdown]
-# The function behind this table also asserts what that part is: number for number, the magnitude's own gradient. So with $n$ held still the
-# note also tries to make rows longer, in vain. That is the price. The gain: no gradient travels back through a
-# matrix as large as $W$. The authors hold it still to save memory (their section 4.3), and report hardly any loss of accuracy.
+# That part is, number for number, the magnitude's own gradient; the function behind the table asserts it. So with $n$ held still the
+# note also tries to make rows longer, in vain. That is the price. The gain: no gradient travels back through a matrix as
+# large as $W$. The authors report hardly any loss of accuracy (their section 4.3).
 #
 # ### Exercise 4: print it into the book
 # ●●○ importance · ●○○ difficulty · 5 minutes
@@ -252,7 +251,7 @@ checks.check_movement(movement)
 # %% [markdown]
 # ## Your code trains
 #
-# Your layer, around each of the model's 210 linear layers, in the run that you saw above: the same start, the same orders, 20 steps.
+# Your layer, in all 210 places, in the run that you saw above: the same start, the same orders, 20 steps.
 
 # %% tags=["trains"]
 yours.trains(
@@ -334,17 +333,15 @@ verdict = study.show_dora_against_lora(stored)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# They cannot tell. Zero is inside both intervals. And the seeds are not blind: the line below the figure says which difference they
-# would have found. The paper's gain may exist on its tasks. On this one it is absent, or smaller than that.
+# They cannot tell. Zero is inside both intervals. The line below the figure says which difference the seeds would have found. The
+# paper's gain may exist on its tasks. Here it is absent, or too small to see.
 # </details>
 
 # %% [markdown] tags=["predict"]
 # ### Volume alone
 #
-# Now freeze every direction. Only the faders move: 155,520 numbers, 3% of DoRA's. No row turns.
-#
-# The **control** is DoRA trained on shuffled answers: the same orders and the same tickets, each ticket under another order. It can learn
-# what a ticket looks like, and not what belongs in it.
+# Now freeze every direction. Only the faders move: 155,520 numbers, 3% of DoRA's. The **control** is DoRA trained on shuffled
+# answers, each ticket under another order. It can learn what a ticket looks like, and not what belongs in it.
 #
 # **Predict, then run.** How far do the faders alone go from the control's loss to DoRA's?
 #
@@ -358,8 +355,8 @@ share = study.show_methods(stored)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# More than nine tenths. Volume alone buys a lot here, at a learning rate 50 times as high. Turning still helps: its loss is higher than
-# DoRA's in every seed. The control writes no held-out ticket right, as it must.
+# More than nine tenths. Volume alone buys a lot here, at a learning rate 50 times as high. Turning rows still helps: DoRA's loss is
+# lower in every seed. The control writes no held-out ticket right, as it must.
 # </details>
 
 # %% [markdown]
@@ -370,20 +367,20 @@ FADERS = 3.0  # turn this: 10, 30, -10. From where on does the loss feel it?
 pushed = study.show_faders(model, FADERS)
 
 # %% [markdown]
-# Taking the faders back changes little: with notes beside them, they carry little of what was learned in these 20 steps.
+# Taking the faders back changes little. In this run the notes carry nearly all that was learned.
 #
 # ### How far volume and direction move
 #
-# In the paper's runs, LoRA's $\Delta M$ and $\Delta D$ rise and fall together over layers and time, with a correlation of +0.83. Full fine-tuning's go
-# opposite ways, −0.62, and so do DoRA's, −0.31. The paper concludes that DoRA learns more like full fine-tuning. Is that so here?
+# In the paper's runs, LoRA's $\Delta M$ and $\Delta D$ rise and fall together, with a correlation of +0.83. Full fine-tuning's go opposite
+# ways, −0.62, and so do DoRA's, −0.31. The paper concludes that DoRA learns more like full fine-tuning. Is that so here?
 
 # %% tags=["experiment"]
 moves = study.show_movement(stored, model, movement)
 
 # %% [markdown]
-# DoRA moves the faders much more than LoRA does, and turns rows about as far. So the handle *is* used. But part of that is the optimizer:
-# AdamW moves each number by about the learning rate per step, however small its gradient. The paper's pattern of correlations shows
-# only in part. That does not refute it: the paper trained another model on other tasks, for much longer.
+# DoRA changes lengths far more than LoRA does, and turns rows about as far. So the handle *is* used. Part of that is the optimizer:
+# AdamW moves each number by about the learning rate per step, however small its gradient. The paper's correlations show only in
+# part. That does not refute them: the paper trained another model on other tasks, for much longer.
 #
 # ### What does it cost?
 
@@ -392,14 +389,13 @@ cost = study.show_step_cost(model, four_orders)
 study.show_norm_cost()
 
 # %% [markdown]
-# A step costs somewhat more than LoRA's. The norm through $BA$ grows with the width, in time and in memory; your way from exercise 2
-# stays small.
+# A step costs somewhat more than LoRA's. The norm through $BA$ grows fast with the width; your way from exercise 2 stays small.
 #
 # <details><summary>With dropout it costs more</summary>
 #
-# LoRA drops entries of the note's input alone: $Wx + sBA\tilde x$. DoRA adds $(m/n - 1) \cdot Wx + m/n \cdot sBAx$ to its base, so all of that must see
-# the dropped input $\tilde x$. Then $W$ is applied twice, to $x$ and to $\tilde x$. PEFT does the same
-# ([issue 2107](https://github.com/huggingface/peft/issues/2107)). Leave dropout at 0 with DoRA, unless you have measured that it helps.
+# LoRA drops entries of the note's input alone: $Wx + sBA\tilde x$. DoRA adds $(m/n - 1) \cdot Wx + m/n \cdot sBAx$ to its base, and all of
+# that sees the dropped input $\tilde x$. So $W$ is applied twice, to $x$ and to $\tilde x$; in PEFT too
+# ([issue 2107](https://github.com/huggingface/peft/issues/2107)). Leave dropout at 0 with DoRA, unless you measured that it helps.
 # </details>
 # <details><summary>On a GPU, by PEFT's own benchmark</summary>
 #
@@ -415,8 +411,8 @@ study.show_norm_cost()
 study.show_giants()
 
 # %% [markdown]
-# Faders are small everywhere. The norm through $BA$ is not: those gigabytes come and go with each layer, and they must fit at the worst
-# moment. We have not measured the time of a DoRA step on a DGX Spark; `make bench` does it on yours.
+# Faders are small everywhere. The norm through $BA$ is not: its gigabytes must fit at the worst moment of a step. We have not
+# measured a DoRA step on a DGX Spark; `make bench` does it on yours.
 #
 # ## Explain it back
 #
