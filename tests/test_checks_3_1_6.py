@@ -8,9 +8,7 @@ import string
 import unicodedata
 from collections import Counter, defaultdict
 
-import helpers
 import numpy as np
-import pytest
 import torch
 from helpers import accepts, mutant, printed_by, refuses, then
 
@@ -26,11 +24,6 @@ from spark_ft.lab.kitchen import TICKETS
 from spark_ft.lab.parity import GENERATION_TEMPLATE
 from spark_ft.lab.study import lab_3_1_6 as shown
 from spark_ft.models import load_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def two_lines(monkeypatch):
-    monkeypatch.setattr(helpers, "LONGER", ("no lab",))
 
 
 def also(right, act):

@@ -1,4 +1,4 @@
-"""The form of a lab holds for every lab of the new form, and each of its rules can fail."""
+"""The form of a lab holds for every lab, and each of its rules can fail."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ from spark_ft.lab.build import read_source
 from spark_ft.lab.checks import CheckFailed, told
 from spark_ft.training import History
 
-NEW = [path for path in build.sources() if form.is_new(path)]
+SOURCES = build.sources()
 REAL = {"model", "tokenizer", "batch"}  # what a check takes beside answers, if it works on real things
 ODD = ["text", None, 1.5, 3, [1, 2], (1.0,), {"a": 1}, object(), print, iter([1])]
 
@@ -183,12 +183,14 @@ def test_what_is_counted(tmp_path):
     assert row[1].split()[:4] == ["3.1.99", str(found.words), str(found.code_lines), "28"]
 
 
-def test_every_lab_of_the_new_form_keeps_it():
-    wrong = [f"{path.stem}: {fault}" for path in NEW for fault in form.faults(read_source(path), path.stem)]
+def test_every_lab_keeps_the_form():
+    wrong = [
+        f"{path.stem}: {fault}" for path in SOURCES for fault in form.faults(read_source(path), path.stem)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("source", NEW, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_what_a_check_says_about_odd_answers_fits_on_two_lines(source):
     number = source.stem.split("-")[1].replace(".", "_")
     module = import_module(f"spark_ft.lab.checks.lab_{number}")

@@ -34,7 +34,7 @@ def printed(cell):
 
 
 def trained(notebook):
-    """What each cell says in which the learner's code trains; a lab of the new form has one or two."""
+    """What each cell says in which the learner's code trains; a lab has one or two."""
     return [printed(notebook.cells[i]).lstrip() for i in tagged(notebook, "trains")]
 
 

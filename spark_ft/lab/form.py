@@ -31,7 +31,7 @@ WORDS_A_MINUTE, LINES_A_MINUTE = 200, 15
 
 REGION = re.compile(rf"^[^\n]*{BEGIN}.*?{END}[^\n]*$", re.M | re.S)
 STATED = re.compile(r"^\*\*Time\*\*: about (\d+) minutes", re.M)
-MINUTES = re.compile(r"^[●○]{3}.* (\d+) minutes", re.M)  # the old form's line too
+MINUTES = re.compile(r"^[●○]{3}.* (\d+) minutes", re.M)
 
 
 @dataclass(frozen=True)
@@ -249,20 +249,13 @@ def _tag_faults(notebook: NotebookNode) -> list[str]:
     return said
 
 
-def is_new(source: Path) -> bool:
-    """A lab of the new form: 3.1.7 and later, and each that has an exercise's line of the new form."""
-    number = int(re.findall(r"\d+", source.stem)[2])
-    return number >= 7 or any(EXERCISE.search(line[2:]) for line in source.read_text("utf-8").split("\n"))
-
-
 def table(sources: list[Path]) -> str:
-    """Each lab's numbers in a row, and below it the rules that labs of the new form break."""
+    """Each lab's numbers in a row, and below them the rules that are broken."""
     notebooks = {path: read_source(path) for path in sources}
     rows = [counts(notebook, path.stem).row() for path, notebook in notebooks.items()]
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     said = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     for path, notebook in notebooks.items():
-        if is_new(path):
-            said += [f"{path.stem}: {fault}" for fault in faults(notebook, path.stem)]
+        said += [f"{path.stem}: {fault}" for fault in faults(notebook, path.stem)]
     return "\n".join(said)
