@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from spark_ft.adapters import AdapterConfig
 from spark_ft.lab import kitchen
-from spark_ft.lab.experiments import common, runner
+from spark_ft.lab.experiments import common, lab_3_1_5, runner
 from spark_ft.lab.experiments.runner import agrees, experiment, known, load, measure, stale
 from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.nf4 import quantize_nf4
 
 STORED = [p.stem for p in runner.MEASUREMENTS.glob("*.json") if '"experiment"' in p.read_text()[:200]]
 
@@ -232,3 +233,22 @@ def test_the_kitchen_adapter_has_one_folder_in_every_process_and_one_per_model(m
     assert said.strip() == str(before) != str(kitchen.adapter_folder(seed=1))
     monkeypatch.setenv("SPARK_FT_MODEL", "/models/another")
     assert kitchen.adapter_folder() != before
+
+
+def test_a_merge_aware_layer_computes_what_the_merge_gives_and_learns_as_lora_does():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(128, 64)
+    aware, plain = (kind(base, 4, 8.0) for kind in (lab_3_1_5.MergeAwareLinear, LoRALinear))
+    with torch.no_grad():
+        plain.lora_A.copy_(aware.lora_A)
+        for layer in (aware, plain):
+            layer.lora_B.copy_(0.1 * torch.linspace(-1, 1, 64 * 4).view(64, 4))
+        merged = quantize_nf4(base.weight + plain.delta_weight()).dequantize()
+    x, slope = torch.randn(5, 128), torch.randn(5, 64)
+    out = aware(x)
+    torch.testing.assert_close(out, F.linear(x, merged, base.bias))
+    assert not torch.allclose(out, plain(x), atol=1e-3)
+    out.backward(slope)
+    plain(x).backward(slope)
+    for name in ("lora_A", "lora_B"):
+        torch.testing.assert_close(getattr(aware, name).grad, getattr(plain, name).grad)

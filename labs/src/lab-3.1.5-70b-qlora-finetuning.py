@@ -352,7 +352,7 @@ books = study.show_rough_book(stored)
 # - little from the dequantized weights, about all from the originals
 
 # %% tags=["experiment"]
-merges = study.show_merges(stored, model, tokenizer, rows)
+merges = study.show_merges(stored, load("merges_into_4_bits"), model)
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -364,8 +364,8 @@ merges = study.show_merges(stored, model, tokenizer, rows)
 
 # %% [markdown]
 # So merge into the originals, then quantize. An export to a 4-bit file does just that
-# ([3.1.10](lab-3.1.10-ollama-integration.ipynb)). Two points rest on five seeds, the diamond on your one run. A fourth way, *merge-aware*
-# training, rounds $W + \Delta W$ in every forward pass. Nothing is stored about it, so we claim nothing.
+# ([3.1.10](lab-3.1.10-ollama-integration.ipynb)). The last row is *merge-aware* training: every forward pass uses $W + \Delta W$ rounded to 4 bits, as
+# it will be after the merge, and the gradient is LoRA's. So the notes learn to live with the rounding.
 #
 # ### 70B without pretending
 #
@@ -500,7 +500,7 @@ headline(
         "NF4's mean error on normal numbers": errors["NF4"],
         "QLoRA − LoRA (nats)": books["gap"].value,
         "gain kept, NF4 again (%)": merges["again"],
-        "from the originals (%, one seed)": merges["originals"],
+        "from the originals (%)": merges["originals"],
         "published rates / chip, at least": excess,
         "80 layers on a GPU": on_gpu,
     }

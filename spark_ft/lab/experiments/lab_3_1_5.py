@@ -1,4 +1,4 @@
-"""Lab 3.1.5: the same LoRA on weights in fp32, in NF4 and at 16 equally spaced levels; and merged."""
+"""Lab 3.1.5: the same LoRA on weights in fp32, in NF4 and at 16 equal steps; and merges into NF4."""
 
 from dataclasses import asdict
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spark_ft.adapters import merge_adapters
+from spark_ft.adapters import adapted_layers, merge_adapters
 from spark_ft.embedded import EMBEDDED
 from spark_ft.lab.experiments.common import SHORT_RUN, TRAIN, VALIDATION, held_out, tune
 from spark_ft.lab.experiments.runner import experiment
 from spark_ft.lab.kitchen import ADAPTER, tickets
-from spark_ft.methods.nf4 import NF4Linear
+from spark_ft.methods.lora import LoRALinear
+from spark_ft.methods.nf4 import NF4Linear, quantize_nf4
 from spark_ft.models import load_model
 from spark_ft.training import History
 
@@ -80,4 +81,65 @@ def qlora_against_lora(seed: int) -> dict:
         if weights == "NF4":
             figures["merged"] = held_out(merged(model), tokenizer, rows)
             figures["quantized again"] = held_out(quantized_again(model), tokenizer, rows)
+    return figures
+
+
+# ── merges into 4 bits ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class MergeAwareLinear(LoRALinear):
+    """What the layer will be when it is merged into 4 bits: Q(W + s B A) x; its gradient is LoRA's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            merged = quantize_nf4(self.weight + self.delta_weight()).dequantize()
+        low = self.scaling * (x.detach() @ self.lora_A.T @ self.lora_B.T)
+        return F.linear(x, merged, self.bias) + low - low.detach()
+
+
+def merge_aware(model: nn.Module) -> None:
+    """Freeze a model and put a merge-aware layer around each linear layer but the head."""
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
+            model.set_submodule(name, MergeAwareLinear(layer, ADAPTER.rank, ADAPTER.alpha))
+
+
+@torch.no_grad()
+def from_the_originals(model: nn.Module) -> nn.Module:
+    """The embedded model with every weight Q(W + ΔW), from the original W and the model's updates."""
+    whole, _ = base("fp32")
+    for name, layer in adapted_layers(model).items():
+        whole.get_submodule(name).weight += layer.delta_weight()
+    return quantized_again(whole)
+
+
+@experiment(
+    settings=SETTINGS,
+    seeds=(0, 1, 2, 3, 4),
+    code=[
+        tickets,
+        base,
+        tune,
+        tune_on,
+        quantized_again,
+        MergeAwareLinear,
+        merge_aware,
+        from_the_originals,
+        held_out,
+    ],
+    data=[TRAIN, VALIDATION],
+)
+def merges_into_4_bits(seed: int, first: int | None = None) -> dict:
+    """QLoRA's notes merged into the originals, then NF4; and notes that were trained for that merge."""
+    rows = tickets("validation")[: SETTINGS["held-out tickets"]]
+    model, history = tune_on("NF4", seed, first)
+    _, tokenizer = base("fp32")
+    figures = {"losses": history.losses, "notes on": held_out(model, tokenizer, rows)}
+    figures["from the originals"] = held_out(from_the_originals(model), tokenizer, rows)
+    aware, history = tune(tickets("train"), seed, adapter=merge_aware, first=first, **SHORT_RUN)
+    merged_loss = held_out(from_the_originals(aware), tokenizer, rows)
+    figures["merge-aware"] = {"losses": history.losses, **merged_loss}
+    said = {name: each["held-out loss"] for name, each in figures.items() if isinstance(each, dict)}
+    print(f"seed {seed}: {said}", flush=True)
     return figures

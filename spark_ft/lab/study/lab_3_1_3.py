@@ -158,10 +158,10 @@ def show_norms(lengths: Sequence[int] = (8, 32, 128, 512), width: int = 576, dra
         height=3.2,
         caption=f"α = {ALPHA:g}, d = {width}; mean of {draws} draws per point",
     )
-    for ax, part, name in zip(axes, (0, 1), ("the whole text", "one word"), strict=True):
+    for ax, part, name in zip(axes, (0, 1), ("on the whole text", "on one word"), strict=True):
         ax.plot(lengths, [right[n][part] for n in lengths], **plots.LINE["yours"], label="α / √(L·d)")
         ax.plot(lengths, [wrong[n][part] for n in lengths], **plots.LINE["package"], label="√L forgotten")
-        ax.set(xscale="log", yscale="log", ylabel=f"norm of the noise on {name}")
+        ax.set(xscale="log", yscale="log", ylabel="norm of the noise", title=name)
         ax.set_xticks(lengths, [str(n) for n in lengths])
         ax.minorticks_off()
         ax.legend()
@@ -209,7 +209,7 @@ def four_answers(tokenizer) -> Batch:
 
 
 def show_references(
-    model: nn.Module, answers: Batch, yours: Callable[[nn.Module, Batch], Tensor], calls: int = 4
+    model: nn.Module, answers: Batch, yours: Callable[[nn.Module, Batch], Tensor], calls: int = 3
 ) -> float:
     """How far references are from the clean one, by call; returns the scatter under transformers' hook."""
 

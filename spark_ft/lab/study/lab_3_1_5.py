@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from spark_ft.adapters import adapted_layers
 from spark_ft.embedded import EMBEDDED
 from spark_ft.lab import parity, plots
-from spark_ft.lab.experiments.common import SHORT_RUN, held_out, tune
+from spark_ft.lab.experiments.common import SHORT_RUN, tune
 from spark_ft.lab.experiments.lab_3_1_5 import EQUAL_STEPS, SETTINGS, rounded
-from spark_ft.lab.experiments.runner import Measurement
+from spark_ft.lab.experiments.runner import Measurement, agrees
 from spark_ft.lab.kitchen import tickets
 from spark_ft.lab.study import detectable, show_differences, show_table, verdict
 from spark_ft.methods.nf4 import NF4_CODE, NF4Linear, quantize_nf4
@@ -199,8 +199,8 @@ def show_rough_book(stored: Measurement) -> dict[str, Estimate]:
 
 
 @torch.no_grad()
-def merge_into_originals(model: nn.Module) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A model whose weights are Q(W + ΔW) from the original W; and what arrives of ΔW, on both grids."""
+def what_arrives(model: nn.Module) -> list[dict[str, Any]]:
+    """What arrives of ΔW in Q(W + ΔW), from dequantized and from original weights, as a table's rows."""
     whole, _ = load_model(EMBEDDED, dtype=torch.float32)
     starts = ("dequantized weights", "original weights")
     changed, inner, square, numbers = dict.fromkeys(starts, 0), dict.fromkeys(starts, 0.0), 0.0, 0
@@ -212,10 +212,8 @@ def merge_into_originals(model: nn.Module) -> tuple[nn.Module, list[dict[str, An
             again = quantize_nf4(base + delta)
             other = again.packed ^ stored.packed
             changed[start] += int((other >> 4 > 0).sum() + (other & 15 > 0).sum())
-            new = again.dequantize()
-            inner[start] += ((new - old) * delta).sum().item()
-        W.copy_(new)
-    rows = [
+            inner[start] += ((again.dequantize() - old) * delta).sum().item()
+    return [
         {
             "quantized from": f"{start} + ΔW",
             "weights that get another level": f"{changed[start] / numbers:.2%}",
@@ -223,53 +221,52 @@ def merge_into_originals(model: nn.Module) -> tuple[nn.Module, list[dict[str, An
         }
         for start in starts
     ]
-    return whole, rows
 
 
-def show_merges(
-    stored: Measurement, model: nn.Module, tokenizer: Any, rows: Sequence[dict]
-) -> dict[str, float]:
-    """What is kept of the gain after three kinds of merge: two stored with five seeds, one live."""
+def show_merges(stored: Measurement, into_4_bits: Measurement, model: nn.Module) -> dict[str, float]:
+    """What is kept of the gain after four kinds of merge, five seeds each; and why, on the live model."""
     start = stored.figures(0)["NF4"]["before"]["held-out loss"]
-    on = stored.values("NF4", "held-out loss")
+    on, here = stored.values("NF4", "held-out loss"), into_4_bits.values("notes on", "held-out loss")
+    agrees(into_4_bits.figures(0)["losses"][:5], stored.figures(0)["NF4"]["losses"])
 
-    def kept(losses: Sequence[float]) -> list[float]:
-        return [100 * (start - loss) / (start - best) for loss, best in zip(losses, on, strict=False)]
+    def kept(losses: Sequence[float], on: Sequence[float]) -> list[float]:
+        return [100 * (start - loss) / (start - best) for loss, best in zip(losses, on, strict=True)]
 
+    originals = into_4_bits.values("from the originals", "held-out loss")
+    aware = into_4_bits.values("merge-aware", "held-out loss")
     found = {
-        "16 bits": kept(stored.values("merged", "held-out loss")),
-        "dequantized + ΔW,\nNF4 again": kept(stored.values("quantized again", "held-out loss")),
+        "16 bits": kept(stored.values("merged", "held-out loss"), on),
+        "dequantized + ΔW,\nNF4 again": kept(stored.values("quantized again", "held-out loss"), on),
+        "original + ΔW,\nthen NF4": kept(originals, here),
+        "trained merge-aware,\nthen NF4": kept(aware, here),
     }
-    whole, why = merge_into_originals(model)
-    live = kept([held_out(whole, tokenizer, rows)["held-out loss"]])[0]
-    again = mean_interval(found["dequantized + ΔW,\nNF4 again"])
+    again, whole = (mean(found[name]) for name in list(found)[1:3])
     fig, ax = plots.figure(
-        f"Quantized again on its own grid, a merge keeps {again.value:.0f}% of the gain; from the original "
-        f"weights {live:.0f}% (one seed)",
+        f"Quantized again on its own grid, a merge keeps {again:.0f}% of the gain; from the original weights "
+        f"{whole:.0f}%",
         x="gain in held-out loss that the merged model keeps (%)",
         y="merged into",
-        height=2.9,
-        caption=f"filled: mean and 95% t interval, {stored.origin()}. Diamond: seed 0, live, so without an "
-        "interval. 100%: notes on.",
+        height=3.4,
+        caption=f"mean and 95% t interval, circles are seeds; {into_4_bits.origin()}. 100%: notes on.",
     )
     for place, values in enumerate(found.values()):
         e = mean_interval(values)
-        ax.errorbar(
-            [e.value],
-            [place],
-            xerr=[[e.value - e.low], [e.high - e.value]],
-            capsize=4,
-            **plots.LINE["package"],
-        )
-    ax.plot([live], [2], "D", color=plots.COLORS["yours"])
-    names = [*found, "original + ΔW,\nthen NF4"]
-    ax.set_yticks(range(3), names)
-    ax.set(ylim=(2.5, -0.5), xlim=(0, 105))
-    merging = paired_difference(stored.values("merged", "held-out loss"), on)
-    said = ", ".join(f"{n} {mean(v):.1f}%" for n, v in found.items())
-    plots.show(fig, alt=f"Share of the gain kept: {said}, originals then NF4 {live:.1f}% (one seed).")
-    smallest = detectable(stored.values("merged", "held-out loss"), on)
-    print(f"16 bits against notes on: {merging.signed(5)} nats, {verdict(merging, 'higher', 'lower')}; "
-          f"{smallest:.5f} would be found with 80% power")  # fmt: skip
-    show_table(why, "all 210 layers of the run above, seed 0; ΔW arrives: ⟨change of Q, ΔW⟩ / ‖ΔW‖²")
-    return {"16 bits": mean(found["16 bits"]), "again": again.value, "originals": live}
+        ax.plot(values, [place] * len(values), "o", markerfacecolor="none", color=plots.COLORS["package"])
+        spread = [[e.value - e.low], [e.high - e.value]]
+        ax.errorbar([e.value], [place], xerr=spread, capsize=4, **plots.LINE["yours"])
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set(ylim=(len(found) - 0.5, -0.5), xlim=(0, None))
+    said = ", ".join(f"{n} {mean_interval(v)}%" for n, v in found.items()).replace("\n", " ")
+    plots.show(fig, alt=f"Share of the gain kept: {said}.")
+    merged = stored.values("merged", "held-out loss")
+    for name, losses, other, against in (
+        ("16 bits", merged, on, "notes on"),
+        ("original + ΔW, then NF4", originals, here, "notes on"),
+        ("trained merge-aware", aware, originals, "original + ΔW, then NF4"),
+    ):
+        difference, smallest = paired_difference(losses, other), detectable(losses, other)
+        print(f"{name} − {against}: {difference.signed(4)} nats, {verdict(difference, 'worse', 'better')}; "
+              f"{smallest:.2g} would be found with 80% power")  # fmt: skip
+    caption = "all 210 layers of the run above, seed 0; ΔW arrives: ⟨change of Q, ΔW⟩ / ‖ΔW‖²"
+    show_table(what_arrives(model), caption)
+    return dict(zip(("16 bits", "again", "originals", "aware"), map(mean, found.values()), strict=True))
