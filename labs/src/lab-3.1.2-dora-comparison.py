@@ -8,8 +8,7 @@
 #
 # ## What you will make
 #
-# A **DoRA layer** of your own, which trains in a language model of 135 million weights. And a **verdict**: DoRA or LoRA, from
-# five seeds and an interval.
+# A **DoRA layer** of your own, which trains in a language model of 135 million weights. And a **verdict**: DoRA or LoRA?
 #
 # ## What you should know first
 #
@@ -65,7 +64,7 @@ with adapters_disabled(model):
 study.show_tickets(rows, before, after)
 
 # %% [markdown]
-# So DoRA learns. Does it learn better than LoRA? First build it.
+# DoRA learns. Better than LoRA? First build it.
 #
 # ## Build it
 #
@@ -97,8 +96,8 @@ checks.check_decompose(decompose)
 # ### Exercise 2: the length of a row with its note on
 # ●●○ importance · ●●○ difficulty · 12 minutes
 #
-# $A$ and $B$ move, so DoRA needs $n = \lVert W + sBA \rVert$ again after each step. The direct way builds $BA$, a matrix as large as $W$, to get
-# one number per row. There is no need. For a row $w$ of $W$ and the same row $c$ of $sBA$:
+# $A$ and $B$ move, so DoRA needs $n = \lVert W + sBA \rVert$ anew after each step. The direct way builds $BA$, as large as $W$, to get one
+# number per row. There is no need. For a row $w$ of $W$ and the same row $c$ of $sBA$:
 #
 # $$\lVert w + c \rVert^2 = \lVert w \rVert^2 + 2\, w \cdot c + \lVert c \rVert^2$$
 #
@@ -225,7 +224,7 @@ checks.check_merged_weight(merged_weight)
 # ### Exercise 5: how far did a row go?
 # ●●○ importance · ●●○ difficulty · 8 minutes
 #
-# The paper's case for DoRA is a measurement. Compare a weight before and after training, and take means over its rows:
+# Compare a weight before and after training, as the paper does, and take means over its rows:
 #
 # $$\Delta M = \text{mean of } \bigl|\, \lVert w' \rVert - \lVert w \rVert \,\bigr| \qquad \Delta D = \text{mean of } 1 - \cos(w', w)$$
 #
@@ -360,7 +359,7 @@ share = study.show_methods(stored)
 # </details>
 
 # %% [markdown]
-# So what did the faders do in *your* DoRA run, beside its notes? Put them back to where they started, or push them further.
+# And what did the faders do in *your* run, beside its notes? Put them back to where they started, or push them further.
 
 # %% tags=["knob", "experiment"]
 FADERS = 3.0  # turn this: 10, 30, -10. From where on does the loss feel it?
