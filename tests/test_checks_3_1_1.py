@@ -137,7 +137,7 @@ def test_init():
             nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, i), a=math.sqrt(5))),
             nn.Parameter(torch.zeros((o, r))),
         ],
-        times=20,
+        times=200,
     )
     refuses(
         checks.check_init_adapter,

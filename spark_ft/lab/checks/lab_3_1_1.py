@@ -201,7 +201,7 @@ def _check_start(A: Tensor, B: Tensor, names: tuple[str, str] = ("A", "B")) -> N
         f"all rows of {a} are equal, so the note has rank 1; draw every entry by itself",
     )
     require(
-        scaled.numel() < 64 or abs(middle) < 0.35 * spread,
+        scaled.numel() < 64 or abs(middle) < max(0.35, 5 / math.sqrt(scaled.numel())) * spread,
         f"{a}'s entries are all on one side of zero: draw them from −1/√in to +1/√in",
     )
     require(
