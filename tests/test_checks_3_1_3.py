@@ -40,7 +40,7 @@ def seeded(e, bound):
 def test_noisy_embeddings():
     halves = shaped(lambda e, b: (2 * torch.rand_like(e) - 1) * b)
     by_shape = shaped(lambda e, b: torch.empty(e.shape, dtype=e.dtype).uniform_(-b, b))
-    accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves, by_shape, times=25)
+    accepts(checks.check_noisy_embeddings, noisy, neftune_noise, halves, by_shape, times=100)
     refuses(
         checks.check_noisy_embeddings,
         ("looks Gaussian", shaped(lambda e, b: torch.randn_like(e) * b)),
@@ -73,7 +73,7 @@ def test_noisy_embeddings():
         ("the embeddings are gone", lambda e, a: e if a == 0 else uniform(e, bound_of(e, a))),
         ("should give", then(noisy, lambda out: out[0])),
         ("nan or inf", lambda e, a: e / 0),
-        ("not scaled", shaped(lambda e, b: 5 * uniform(e, b / b) if False else uniform(e, 5.0))),
+        ("not scaled", shaped(lambda e, b: uniform(e, 5.0))),
         ("half as wide|but its bound", shaped(lambda e, b: (torch.rand_like(e) - 0.5) * b)),
         ("one side of zero", shaped(lambda e, b: -uniform(e, b).abs())),
         ("is the input|there is no noise", lambda e, a: e if a == 0 else e + 0 * uniform(e, 1.0)),
@@ -125,7 +125,7 @@ def row_by_row(e, alpha, lengths):
 
 
 def test_true_length_noise():
-    accepts(checks.check_true_length_noise, changed(), neftune_noise, row_by_row, times=25)
+    accepts(checks.check_true_length_noise, changed(), neftune_noise, row_by_row, times=100)
     refuses(
         checks.check_true_length_noise,
         ("padding has noise", lambda e, a, lengths: noisy(e, a)),
@@ -207,7 +207,7 @@ class Noise:
 
 
 def test_embedding_noise():
-    accepts(checks.check_embedding_noise, right, neftune, patched_forward, Noise, times=25)
+    accepts(checks.check_embedding_noise, right, neftune, patched_forward, Noise, times=100)
     where, when = "layer = model.get_input_embeddings()", "module.training and torch.is_grad_enabled()"
     gives, cleans = "neftune_noise(out, alpha)", "    finally:\n        hook.remove()"
     hooks, shaken = "register_forward_hook(add_noise)", "add_(0.01 * torch.randn_like(layer.weight))"
@@ -270,7 +270,7 @@ def test_reference_logps():
     careless = f"out = {logps}; {back}; return out"
     embedding_trains = f"{layer}.weight.requires_grad_(), model.eval()"
     off = "[setattr(layer, 'enabled', False) for layer in adapted_layers(model).values()]"
-    accepts(checks.check_reference_logps, reference, embedding_alone)
+    accepts(checks.check_reference_logps, reference, embedding_alone, times=25)
     refuses(
         checks.check_reference_logps,
         ("two calls differ: the noise reaches the reference", "model.eval()", "pass"),

@@ -365,7 +365,7 @@ merges = study.show_merges(stored, load("merges_into_4_bits"), model)
 # %% [markdown]
 # So merge into the originals, then quantize. An export to a 4-bit file does just that
 # ([3.1.10](lab-3.1.10-ollama-integration.ipynb)). The last row is *merge-aware* training: every forward pass uses $W + \Delta W$ rounded to 4 bits, as
-# it will be after the merge, and the gradient is LoRA's. So the notes learn to live with the rounding.
+# it will be after the merge, and the gradient is LoRA's. Whether that is better than the row above, these five seeds cannot tell.
 #
 # ### 70B without pretending
 #
