@@ -337,12 +337,12 @@ checks.check_parity(simpo_loss, orpo_loss, tokenizer)
 # %% [markdown]
 # ## Your code trains
 #
-# Your SimPO for twelve steps, over the run of the first cell; then your ORPO for eight, over the package's.
+# Your SimPO for eight steps, over the run of the first cell; then your ORPO for five, over the package's.
 
 # %% tags=["trains"]
 yours.trains(
-    lambda: study.first_steps(preference_loss(simpo_loss, per_token=True), "SimPO", 12),
-    lambda: history.losses[:12],
+    lambda: study.first_steps(preference_loss(simpo_loss, per_token=True), "SimPO", 8),
+    lambda: history.losses[:8],
     what="SimPO loss",
     y="SimPO loss (nats per pair)",
     caption="The embedded model after its SFT start, 4 pairs a step, seed 0.",
@@ -350,8 +350,8 @@ yours.trains(
 
 # %% tags=["trains"]
 yours.trains(
-    lambda: study.first_steps(preference_loss(orpo_loss, per_token=True), "ORPO", 8),
-    lambda: study.first_steps(preference_loss(preference.orpo_loss), "ORPO", 8),
+    lambda: study.first_steps(preference_loss(orpo_loss, per_token=True), "ORPO", 5),
+    lambda: study.first_steps(preference_loss(preference.orpo_loss), "ORPO", 5),
     what="ORPO loss",
     y="ORPO loss (nats)",
     caption="The embedded model after its SFT start, 4 pairs a step, seed 0.",
