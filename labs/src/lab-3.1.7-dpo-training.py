@@ -277,7 +277,7 @@ checks.check_pair_loss(pair_loss)
 # training loop.
 
 # %% tags=["trains"]
-STEPS = 10
+STEPS = 6
 yours.trains(
     lambda: study.first_steps(my_dpo_loss, STEPS),
     lambda: history.losses[:STEPS],
@@ -342,7 +342,7 @@ study.show_training(history)
 # all, and no preference. It is the reference.
 
 # %% tags=["experiment"]
-live = judged(model, tokenizer, asked)
+live = judged(model, tokenizer, asked[::2])
 said = agrees(history.losses[:4], stored.figures(0)["DPO"]["losses"][:4])
 study.show_judged(stored, live)
 print(said)

@@ -127,7 +127,7 @@ def show_judged(stored: Measurement, live: dict[str, Any]) -> None:
     rows.append(_row("after DPO, this run", found, live["tokens"], live["kl"]))
     interval = score(live).percent()
     show_table(
-        rows, f"50 held-out questions; this run's score with its 95% interval: {interval}; {stored.origin()}"
+        rows, f"50 held-out questions, in this run {live['asked']} of them: {interval} metric; {stored.origin()}"
     )
 
 
