@@ -384,7 +384,7 @@ study.show_answers(model, tokenizer, test, same_ticket)
 # %%
 folder = save_adapters(model, study.workplace() / "kitchen-adapter")
 for path in sorted(folder.iterdir()):
-    print(f"{path.name}: {path.stat().st_size / 1e6:.3f} MB")
+    print(f"{path.name}: {path.stat().st_size / 1e3:,.1f} kB")
 wrong = sft_batches(kitchen.with_shuffled_answers(rows), tokenizer, batch_size=8)(0)
 apart = parity.adapter_against_peft(folder, model, wrong)
 print("spark_ft and PEFT: " + ", ".join(f"{name} {value:.0e}" for name, value in apart.items()))
