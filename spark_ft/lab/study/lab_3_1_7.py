@@ -222,7 +222,7 @@ def show_beta_sweep(kitchen: Measurement, sweep: Measurement) -> None:
         f"{mean(last):.2f} nats as β rises from {min(found):g} to {max(found):g}",
         {"DPO": found},
         x="β",
-        y="KL(model ‖ reference), nats per answer",
+        y="KL (nats per answer)",
         caption=f"{sweep['settings']['steps']} steps, the same start and questions; {sweep.origin()};",
     )
 
