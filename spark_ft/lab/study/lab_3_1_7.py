@@ -125,10 +125,8 @@ def show_judged(stored: Measurement, live: dict[str, Any]) -> None:
         rows.append(_row(f"{name}, {len(lengths)} seeds", found, mean(lengths), mean(drifts)))
     found = {what: 100 * score(live, what).value for what in ("metric", "sound", "looping", "cut")}
     rows.append(_row("after DPO, this run", found, live["tokens"], live["kl"]))
-    interval = score(live).percent()
-    show_table(
-        rows, f"50 held-out questions, in this run {live['asked']} of them: {interval} metric; {stored.origin()}"
-    )
+    here = f"{live['asked']} of them: {score(live).percent()} metric"
+    show_table(rows, f"50 held-out questions, in this run {here}; {stored.origin()}")
 
 
 def _row(name: str, found: dict[str, float], tokens: float, drift: float) -> dict[str, str]:
