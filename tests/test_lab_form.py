@@ -130,6 +130,7 @@ BROKEN = [
     (r"imports in the code cells \[1, 2\]", "print(math.pi)", "import os"),
     ("has 11 lines, more than 10", "print(math.pi)", LONG[: LONG.index("\nprint(11)")]),
     ("cell of 21 lines", 'print("shown")', LONG),
+    ("cell of 21 lines", 'print("shown")', LONG[: LONG.index("\nprint(10)")] + "\n" * 11 + "print(0)"),
     ("line of 101 characters", "print(math.pi)", f"print({'1' * 94})"),
     ("6[0-9] lines of code between two", f"\n{exercise(2)}", f"\n# %%\n{LONGER}{exercise(2)}"),
     ("more than 250", "print(1 + 1 == 3)", "\n".join([LONG] * 12)),

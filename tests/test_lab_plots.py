@@ -11,6 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from spark_ft.lab import plots
+from spark_ft.lab.experiments import load
+from spark_ft.lab.study import lab_3_1_7
 
 ALT = "Accuracy climbs from 40% at rank 1 to 93% at rank 8."
 
@@ -87,3 +89,19 @@ def test_palette_is_told_apart_in_grey():
     for kind in (plots.LINE, plots.BAR):
         assert list(kind) == list(plots.COLORS)
     assert len({line["marker"] for line in plots.LINE.values()}) == len(plots.LINE)
+
+
+@pytest.mark.parametrize(
+    ("last", "title"),
+    [
+        ([2.0, 2.1, 2.2], "More β, more drift: the KL rises from 1.10 to 2.10"),
+        ([0.1, 0.2, 0.3], "More β, less drift: the KL falls from 1.10 to 0.20"),
+        ([1.3, 1.0, 1.2], "Cannot tell whether the KL falls from 1.10 to 1.17"),
+    ],
+)
+def test_the_title_of_the_beta_sweep_says_what_its_interval_supports(last, title, monkeypatch):
+    titles = []
+    monkeypatch.setattr(lab_3_1_7, "drifts", lambda *_: {0.1: [1.0, 1.1, 1.2], 5.0: last})
+    monkeypatch.setattr(lab_3_1_7, "show_sweep", lambda said, *_, **__: titles.append(said))
+    lab_3_1_7.show_beta_sweep(load("dpo_kitchen"), load("dpo_beta"))
+    assert titles == [f"{title} nats as β rises from 0.1 to 5"]

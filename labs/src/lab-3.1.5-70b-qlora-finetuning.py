@@ -3,8 +3,7 @@
 #
 # **Time**: about 60 minutes.
 #
-# Llama-3.3-70B takes 141 GB in 16 bits. A desktop like the DGX Spark has 128 GB for everything. Yet it can be fine-tuned there. How, and
-# what does it cost?
+# Llama-3.3-70B takes 141 GB in 16 bits. A desktop like the DGX Spark has 128 GB for everything. Yet it can be fine-tuned there. How?
 #
 # ## What you will make
 #
@@ -18,8 +17,7 @@
 # ## The picture
 #
 # Your textbook is too heavy for any bag. So have it **scanned in sixteen shades of grey**. Every patch of 64 dots has its own
-# brightness, so that pale pages stay readable. The print looks a little rough, but you can read it. Your sticky notes go on top, as
-# sharp as ever.
+# brightness, so that pale pages stay readable. Your sticky notes go on top, as sharp as ever.
 #
 # The scan is NF4, four-bit *NormalFloat*. Scan and notes together are **QLoRA**
 # ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)). For each block of 64 weights in a row:
@@ -50,8 +48,7 @@ from spark_ft.models import load_tokenizer
 #
 # The next cell puts the embedded model of 135 million weights into 4 bits and trains notes on it. Then it *plans* the same step for 70B.
 #
-# > **Held-out loss**: how surprised the model is by right answers that it never saw, in nats (units of log-probability) per
-# token.
+# > **Held-out loss**: how surprised the model is by right answers that it never saw, in nats (units of log-probability) per token.
 
 # %%
 model, history = tune_on("NF4", seed=0)
@@ -62,7 +59,7 @@ plan = memory.plan_70b(length=512)
 print(f"Llama-3.3-70B, the same step on a row of 512 tokens: {plan.peak / 1e9:.0f} GB")
 
 # %% [markdown]
-# A desktop holds that. Now build the scan.
+# Now build the scan.
 #
 # ## Build it
 #
@@ -74,9 +71,9 @@ print(f"Llama-3.3-70B, the same step on a row of 512 tokens: {plan.peak / 1e9:.0
 #
 # - eight positive ones: nine shares from `outermost` down to ½, without ½ itself, whose quantile is 0,
 # - seven negative ones: eight such shares, again without ½, mirrored,
-# - zero itself, so that zeros stay exact.
+# - zero itself.
 #
-# Divide all by the largest and sort them. `outermost` stays below 1, since the curve never ends.
+# Divide all by the largest and sort them.
 #
 # <details><summary>Hint</summary>
 #
@@ -112,8 +109,7 @@ checks.check_levels(nf4_levels)
 #
 # <details><summary>Hint: the nearest of many</summary>
 #
-# `x[..., None] - code` is each number's distance to each level: take `abs()`, then `argmin(-1)`. With less memory:
-# `torch.bucketize(x, midpoints)` counts the midpoints between neighbouring levels that lie below each number.
+# `torch.bucketize(x, midpoints)` counts how many midpoints between neighbouring levels lie below each number.
 # </details>
 
 
@@ -273,8 +269,7 @@ yours.trains(
 )
 
 # %% [markdown]
-# The small gap is the scales: yours are in fp32, the package's are doubly quantized. From here on the lab uses the package. Its layer
-# unpacks some rows, multiplies, drops them, and unpacks them again in backward.
+# The small gap is the scales: yours are in fp32, the package's are doubly quantized. From here on the lab uses the package.
 #
 # [bitsandbytes](https://github.com/bitsandbytes-foundation/bitsandbytes) is the library behind `load_in_4bit=True`. Its bytes against
 # yours, then against the package's:
@@ -313,7 +308,7 @@ print(*(f"mean {w.mean():+.4f}, spread {w.std():.3f}" for w in (weight, theirs))
 #
 # ### Is NF4 a good code?
 #
-# Four codes of at most 16 levels, on three kinds of numbers:
+# Four codes, on three kinds of numbers:
 
 # %%
 errors = study.show_codes()
@@ -324,8 +319,7 @@ errors = study.show_codes()
 #
 # ### Does a rough book teach worse?
 #
-# The same notes, orders and steps on three books: fp32 (plain LoRA), NF4 (QLoRA) and sixteen equal steps. Five seeds are stored, and
-# your run must match its own.
+# The same notes, orders and steps on three books: fp32 (plain LoRA), NF4 (QLoRA) and sixteen equal steps. Five seeds, stored.
 #
 # > **Seed**: the number that fixes all that is random in a run. **95% interval**: a range that in 19 of 20 experiments contains the
 # > true value.
@@ -335,15 +329,13 @@ print(agrees(history.losses[:5], stored.figures(0)["NF4"]["losses"]))
 books = study.show_rough_book(stored)
 
 # %% [markdown]
-# The scanned book *starts* almost half a nat behind. The notes make up for nearly all of it. NF4 is nearer to the weights than equal
-# steps are, but the second interval contains zero.
+# The scanned book *starts* almost half a nat behind. The notes make up for nearly all of it. NF4 against equal steps: cannot tell.
 
 # %% [markdown] tags=["predict"]
 # ### Merging, told whole
 #
-# To serve a model, you want one weight and no notes. `merge_adapters` unpacks $W$, adds $\Delta W$ and keeps **16 bits**, four times as
-# large. It is tempting to put the sum back into 4 bits. You can add $\Delta W$ to the *dequantized* weight that you trained on, or to
-# the *original* one.
+# To serve a model, you want one weight and no notes. `merge_adapters` adds $\Delta W$ and keeps **16 bits**. To get 4 bits back, you can
+# add $\Delta W$ to the *dequantized* weight that you trained on, or to the *original* one.
 #
 # **Predict, then run.** How much of what training gained is left after each?
 #
@@ -363,9 +355,9 @@ merges = study.show_merges(stored, load("merges_into_4_bits"), model)
 # </details>
 
 # %% [markdown]
-# So merge into the originals, then quantize. An export to a 4-bit file does just that
-# ([3.1.10](lab-3.1.10-ollama-integration.ipynb)). The last row is *merge-aware* training: every forward pass uses $W + \Delta W$ rounded to 4 bits, as
-# it will be after the merge, and the gradient is LoRA's. Whether that is better than the row above, these five seeds cannot tell.
+# So merge into the originals, then quantize, as an export does ([3.1.10](lab-3.1.10-ollama-integration.ipynb)). The last row is
+# *merge-aware* training: every forward pass uses $W + \Delta W$ rounded to 4 bits, and the gradient is LoRA's. Whether that is better than
+# the row above, these five seeds cannot tell.
 #
 # ### 70B without pretending
 #
@@ -397,8 +389,7 @@ layer = memory.show_layer(giant.plan_layer(one, 512), giant.measure_layer(one, 5
 # %% [markdown]
 # ### The control: a plan that forgets the embeddings
 #
-# A measurement that any plan would pass proves nothing. The usual plan is "half a byte per weight". It forgets embeddings and head, which
-# stay in 16 bits or more. It must fail.
+# The usual plan is "half a byte per weight". It forgets embeddings and head, which stay in 16 bits or more. It must fail.
 
 # %%
 forgetful = memory.show_forgetful(model, tokenizer)
@@ -418,8 +409,7 @@ memory.show_fit(memory.plan_70b(length=2048, batch_size=ROWS))
 # %% [markdown]
 # ### How fast, at most?
 #
-# We have not measured this step there. So here is a **floor**, not an estimate: a step's arithmetic and its bytes, divided by the chip's
-# rates. No software can be faster.
+# We have not measured this step there. Here is a **floor**: a step's arithmetic and its bytes, divided by the chip's rates.
 
 # %%
 floors = memory.show_floors(plans)
@@ -427,8 +417,8 @@ excess = memory.show_published()
 
 # %% [markdown]
 # The second table takes
-# [published rates](https://developer.nvidia.com/blog/how-nvidia-dgx-sparks-performance-enables-intensive-ai-tasks) at their word. As
-# tokens, the chip would need more than ten times its dense bf16 rate. Probably rows were multiplied by a *padded* length: a user
+# [published rates](https://developer.nvidia.com/blog/how-nvidia-dgx-sparks-performance-enables-intensive-ai-tasks) at their word. The
+# chip would need more than ten times its dense bf16 rate; a user
 # [measured a tenth of the steps](https://github.com/NVIDIA/dgx-spark-playbooks/issues/29). And all 80 layers on a GPU?
 
 # %%
@@ -440,24 +430,16 @@ on_gpu = memory.show_gpu_runs()
 # On a DGX Spark processor and GPU share one memory. A step that does not fit can **freeze the machine**: no error, only the power button.
 # And `torch.cuda.mem_get_info()` misleads there: it counts the page cache as used, which the system would give back. On one GB10, after a
 # large file was written, [both numbers were read](https://github.com/unslothai/unsloth/pull/10704). The 70B plan against each, then what
-# `train` says to a step of 64 rows, much too large here:
+# `train` says to a step of 64 rows:
 
 # %%
 memory.show_readings(plans[2048])
 memory.show_refusal()
 
 # %% [markdown]
-# The real run; the first time it fetches 145 GB. Run `spark-ft doctor` and `spark-ft plan` before.
-#
-# ```python
-# model, tokenizer = load_model("Qwen/Qwen2.5-72B-Instruct", quantize="nf4")  # tensor by tensor
-# add_adapters(model, AdapterConfig(rank=16))
-# model.activation_checkpointing_enable()
-# train(model, sft_batches(rows, tokenizer, 1), sft_loss, TrainConfig(steps=3, learning_rate=2e-4))
-# save_adapters(model, "adapter")  # the notes alone; a merge in 16 bits takes 145 GB
-# ```
-#
-# Switch swap off (`swapoff -a`) and watch `free -h`, column *available*. Measure three steps, then multiply.
+# The real run is lab 3.1.4's with `load_model("Qwen/Qwen2.5-72B-Instruct", quantize="nf4")` and then
+# `model.activation_checkpointing_enable()`. The first time it fetches 145 GB. Run `spark-ft doctor` and `spark-ft plan` before, switch
+# swap off (`swapoff -a`), and watch `free -h`, column *available*. Measure three steps, then multiply.
 #
 # ## Explain it back
 
@@ -486,7 +468,7 @@ memory.show_refusal()
 # ### END SOLUTION
 
 # %% [markdown]
-# In [lab 3.1.6](lab-3.1.6-dataset-preparation.ipynb) you look at what all of this is fed with: the data.
+# [Lab 3.1.6](lab-3.1.6-dataset-preparation.ipynb) is about the data.
 
 # %% tags=["experiment"]
 headline(

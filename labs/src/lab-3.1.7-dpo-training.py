@@ -332,7 +332,8 @@ study.show_training(history)
 # %% [markdown]
 # ### The score, and what keeps it honest
 #
-# A judge that cannot be charmed: a regular expression that finds metric units, and no others. 50 held-out questions. Beside it stand
+# A judge that cannot be charmed: a regular expression that finds metric units, and no others. 50 held-out questions; your run
+# answers every second one. Beside it stand
 #
 # - **the guard**: does the *reference* still find the answer likely? Nonsense fails here,
 # - answers that loop or were cut off, and the mean length of those that ended,

@@ -80,7 +80,7 @@ def counts(notebook: NotebookNode, name: str) -> Form:
         words,
         sum(map(len, lines)),
         sum(map(len, learners)),
-        max(map(len, lines), default=0),
+        max((cell_lines(cell.source) for cell in code), default=0),
         max((len(line) for each in lines for line in each), default=0),
         sum(map(is_exercise, code)),
         _between(code),
@@ -92,6 +92,11 @@ def counts(notebook: NotebookNode, name: str) -> Form:
 def lines_of(source: str) -> list[str]:
     """The lines that a reader sees: not blank, and no marker."""
     return [line for line in source.split("\n") if line.strip() and BEGIN not in line and END not in line]
+
+
+def cell_lines(source: str) -> int:
+    """How long a cell is: to a learner, blank lines included, or solved, without blank lines and markers."""
+    return max(len(REGION.sub("…", source).strip().split("\n")), len(lines_of(source)))
 
 
 def learners_lines(source: str) -> list[str]:
@@ -167,8 +172,8 @@ def faults(notebook: NotebookNode, name: str) -> list[str]:
     for cell in code:
         lines = lines_of(cell.source)
         wide = [line for line in lines if len(line) > LINE_WIDTH]
-        if len(lines) > CELL_LINES:
-            said.append(f"cell of {len(lines)} lines, more than {CELL_LINES}: {lines[0]}")
+        if (long := cell_lines(cell.source)) > CELL_LINES:
+            said.append(f"cell of {long} lines, more than {CELL_LINES}: {lines[0]}")
         said += [f"line of {len(line)} characters: {line.strip()[:60]}…" for line in wide]
     return [*said, *_section_faults(cells), *_exercise_faults(cells), *_tag_faults(notebook)]
 

@@ -31,7 +31,7 @@ from spark_ft.lab.study import show_differences, show_table, verdict
 from spark_ft.models import load_model, load_tokenizer
 from spark_ft.scoring import completion_logps, sft_loss
 from spark_ft.stats import Estimate, paired_difference, wilson_interval
-from spark_ft.training import History, TrainConfig, cosine, train
+from spark_ft.training import History, TrainConfig, train
 
 DATA = ROOT / "data"
 Row = dict[str, Any]
@@ -70,32 +70,14 @@ def show_report(rows: OwnRows) -> None:
 
 
 def train_rows(
-    rows: Sequence[Row],
-    learn: Learn = all_answers,
-    steps: int = SHORT_RUN["steps"],
-    first: int | None = None,
-    seed: int = 0,
+    rows: Sequence[Row], learn: Learn = all_answers, steps: int = SHORT_RUN["steps"], seed: int = 0
 ) -> tuple[nn.Module, History]:
-    """The embedded model with LoRA of rank 16, trained on rows.
-
-    Args:
-        learn: which tokens are learned.
-        first: stop after this many steps of the run.
-    """
+    """The embedded model with LoRA of rank 16, trained on rows; `learn` says which tokens are learned."""
     model = load_model(EMBEDDED, dtype=torch.float32)[0]
     torch.manual_seed(seed)
     add_adapters(model, ADAPTER)
-    taken, warmup = first or steps, SHORT_RUN["warmup_steps"]
-    part = (taken - warmup) / (steps - warmup)
-    config = TrainConfig(
-        taken,
-        SHORT_RUN["learning_rate"],
-        warmup_steps=warmup,
-        schedule=lambda progress: cosine(part * progress),  # the whole run's, however short
-        betas=(0.9, 0.999),
-        seed=seed,
-        progress=False,
-    )
+    run = {"warmup_steps": SHORT_RUN["warmup_steps"], "betas": (0.9, 0.999), "seed": seed, "progress": False}
+    config = TrainConfig(steps, SHORT_RUN["learning_rate"], **run)
     batches = sft_batches(rows, load_tokenizer(EMBEDDED), SHORT_RUN["batch_size"], seed, learn=learn)
     return model, train(model, batches, sft_loss, config)
 
@@ -364,7 +346,7 @@ def show_leak(stored: Measurement, live: Mapping[str, float]) -> dict[str, Estim
 
 
 def train_own(own: OwnRows, group: str | None, longest: int = 320, most: int = 100) -> dict[str, Any]:
-    """Split a file's rows, train twelve steps on the larger part, and show the other before and after."""
+    """Split a file's rows, train 20 steps on the larger part, and show the other before and after."""
     if own.kind not in ("sft", "chat", "preference"):
         raise ValueError(f"{own.path}: rows of kind {own.kind!r}; bring questions with answers, or pairs")
     short = [row for row, length in zip(own.records, own.lengths, strict=True) if length <= longest]
@@ -381,7 +363,7 @@ def train_own(own: OwnRows, group: str | None, longest: int = 320, most: int = 1
     rest, test = split_rows(rows, 0.2, seed=0, group=group)
     kept = cleaning.drop_leaked(rest, test).kept
     print(f"{len(kept)} rows to train on, {len(test)} held out, {len(rest) - len(kept)} too near to those")
-    model, history = train_rows(kept, steps=12)
+    model, history = train_rows(kept)
     after = row_losses(model, test)
     with adapters_disabled(model):
         before = row_losses(model, test)

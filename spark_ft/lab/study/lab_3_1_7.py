@@ -212,12 +212,12 @@ def show_beta_sweep(kitchen: Measurement, sweep: Measurement) -> None:
     """How far the answers drift from the reference at each β."""
     found = drifts(kitchen, sweep)
     first, *_, last = found.values()
-    change = paired_difference(last, first)
-    falls = verdict(change, "rises", "falls")
-    title = "Cannot tell whether" if falls == "cannot tell" else "More β, less drift:"
+    rises, falls = "More β, more drift: the KL rises", "More β, less drift: the KL falls"
+    title = verdict(paired_difference(last, first), rises, falls)
+    title = "Cannot tell whether the KL falls" if title == "cannot tell" else title
     show_sweep(
-        f"{title} the KL {falls if falls != 'cannot tell' else 'falls'} from {mean(first):.2f} to "
-        f"{mean(last):.2f} nats as β rises from {min(found):g} to {max(found):g}",
+        f"{title} from {mean(first):.2f} to {mean(last):.2f} nats as β rises from {min(found):g} to "
+        f"{max(found):g}",
         {"DPO": found},
         x="β",
         y="KL (nats per answer)",
