@@ -82,10 +82,6 @@ study.show_before_after(model, tickets("validation")[2:5])
 #
 # `{key: value for key, value in row.items() if key != "conversations"}` is a new dict with all the others.
 # </details>
-# <details><summary>Hint: the way back</summary>
-#
-# `{role: name for name, role in ROLES.items()}` turns a dict around.
-# </details>
 
 # %% nbgrader={"grade_id": "sharegpt", "solution": true}
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -126,8 +122,7 @@ print(tokenizer.apply_chat_template(chats[26]["messages"][:1], tokenize=False))
 # ### The template, and what is learned
 #
 # That is a question as the model reads it. The tokenizer's **chat template** wrote the marks, and a system turn that nobody asked for.
-# The loss looks at some tokens and leaves the others out. You want **every answer, with the end mark behind it**, and nothing
-# that the user said:
+# The model should learn **every answer, with the end mark behind it**, and nothing that the user said:
 
 # %%
 show_tokens(tokenizer, *all_answers(chats[26], tokenizer))
@@ -224,8 +219,7 @@ mended = study.mended(messy)
 #
 # <details><summary>Hint: the pieces</summary>
 #
-# The pieces of `words` start at places 0 to `len(words) - 3`: `tuple(words[i : i + 3])`. With `range(max(1, len(words) - 2))`
-# a short text gives one piece.
+# `tuple(words[i : i + 3])` is the piece at place i. With `range(max(1, len(words) - 2))` a short text gives one piece.
 # </details>
 
 
@@ -252,8 +246,7 @@ checks.check_shared_trigrams(shared_trigrams)
 study.show_near(mended)
 
 # %% [markdown]
-# `clean` runs seven such functions, and says of every row that went why. It also gets the project's test sets, so that no row of them
-# stays.
+# `clean` runs seven such functions, and says why each row went. It also drops rows of the project's test sets.
 
 # %%
 tests = [*tickets("test"), *study.pairs("test")]
@@ -286,8 +279,8 @@ study.show_white_space(result.kept)
 #
 # <details><summary>Hint: an order that you can rely on</summary>
 #
-# `list(dict.fromkeys(row["core"] for row in rows))` has each core once, in the order of the file. A `set` of texts has
-# another order in each Python process. `Counter` counts each core's rows.
+# `Counter(row["core"] for row in rows)` counts each core's rows, in the order of the file. A `set` of texts has another order in each
+# Python process.
 # </details>
 
 
@@ -327,15 +320,15 @@ lengths = study.show_lengths()
 # %% [markdown]
 # ## Your code trains
 #
-# Your mask decides what the model learns, in the run that you saw: same start, same rows, its first six steps.
+# Your mask decides what the model learns, in the run that you saw: same start, same rows, 20 steps.
 
 # %% tags=["trains"]
 yours.trains(
-    lambda: study.train_rows(rows.records, study.marked_by(answer_mask), first=6)[1],
-    lambda: history.losses[:6],
+    lambda: study.train_rows(rows.records, learn=study.marked_by(answer_mask))[1],
+    lambda: history,
     what="mask",
     y="loss (nats per token)",
-    caption="embedded model, LoRA r16, first 6 of 20 steps of 4 rows of orders.csv, seed 0",
+    caption="embedded model, LoRA r16, 20 steps of 4 rows of orders.csv, seed 0",
 )
 
 # %% [markdown]
@@ -365,7 +358,7 @@ for name, those in (("collate_sft", batch["labels"]), ("hers", labels)):
 # ### A wrong template, in use
 #
 # The next cell trains on the same rows with another model's marks, `[INST] … [/INST] … </s>`. Then the model gets questions
-# through its *own* template, as a server sends them.
+# through its *own* template.
 #
 # **Predict, then run.** The training loss falls just as low. Of 24 new orders, how many answers are exactly right?
 #
@@ -418,8 +411,7 @@ leak = study.show_leak(stored, live)
 # <details><summary>Answer</summary>
 #
 # On the rows that leaked it gains some 58 points. On untouched rows the interval contains zero: we cannot tell. The control shows no
-# gain. So a score on a leaked test is the score of a memory. In a real project you never see the second row of this figure, unless
-# you keep rows that never leave the house.
+# gain. So a score on a leaked test is the score of a memory.
 # </details>
 
 # %% [markdown]
@@ -436,12 +428,11 @@ study.show_report(own)
 mine = study.train_own(own, group=None)  # or a field that says which rows belong together: "core"
 
 # %% [markdown]
-# A lower held-out loss says that the answers sound more like yours, not that they are true.
+# A lower held-out loss says that the answers sound like yours, not that they are true.
 #
 # ## On a DGX Spark
 #
 # - All of this but the training is work for the processor: twenty cores read, hash and render.
-# - `iter_records` reads one row at a time. A list of a million rows lives in the same memory as your weights.
 # - Memory grows with the longest row. Above `max_length`, `collate_sft` cuts the *start*; a plain tokenizer cuts the answer.
 #
 # ## Explain it back

@@ -95,7 +95,7 @@ def lines_of(source: str) -> list[str]:
 
 
 def cell_lines(source: str) -> int:
-    """How long a cell is: to a learner, blank lines included, or solved, without blank lines and markers."""
+    """How many lines a cell has: unsolved with its blank lines, or solved without them; the larger number."""
     return max(len(REGION.sub("…", source).strip().split("\n")), len(lines_of(source)))
 
 

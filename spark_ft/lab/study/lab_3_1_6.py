@@ -346,7 +346,7 @@ def show_leak(stored: Measurement, live: Mapping[str, float]) -> dict[str, Estim
 
 
 def train_own(own: OwnRows, group: str | None, longest: int = 320, most: int = 100) -> dict[str, Any]:
-    """Split a file's rows, train 20 steps on the larger part, and show the other before and after."""
+    """Split a file's rows, train twelve steps on the larger part, and show the other before and after."""
     if own.kind not in ("sft", "chat", "preference"):
         raise ValueError(f"{own.path}: rows of kind {own.kind!r}; bring questions with answers, or pairs")
     short = [row for row, length in zip(own.records, own.lengths, strict=True) if length <= longest]
@@ -363,7 +363,7 @@ def train_own(own: OwnRows, group: str | None, longest: int = 320, most: int = 1
     rest, test = split_rows(rows, 0.2, seed=0, group=group)
     kept = cleaning.drop_leaked(rest, test).kept
     print(f"{len(kept)} rows to train on, {len(test)} held out, {len(rest) - len(kept)} too near to those")
-    model, history = train_rows(kept)
+    model, history = train_rows(kept, steps=12)
     after = row_losses(model, test)
     with adapters_disabled(model):
         before = row_losses(model, test)
