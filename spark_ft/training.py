@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spark_ft.files import write_atomically
 from spark_ft.memory.guard import Guard
 from spark_ft.scoring import Batch
+from spark_ft.scoring import sft_loss as sft_loss  # the loss that most runs give to `train`
 
 Loss = Callable[[nn.Module, Batch], tuple]
 

@@ -1,6 +1,7 @@
 """The promises of the layout: arrows run one way, files stay short, imports are cheap, no pickles."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -138,6 +139,31 @@ def test_public_names_say_what_they_are_and_modules_functions_and_classes_have_d
         public = [n for n in defined if not n.name.startswith("_") and not name.startswith("lab/")]
         wrong += [f"{name}: {node.name}" for node in public if not ast.get_docstring(node)]
     none(wrong)
+
+
+# Module → names that others rely on; each is importable from `spark_ft` too.
+CONTRACT = {
+    "methods.lora": "LoRALinear",
+    "methods.dora": "DoRALinear row_norm",
+    "methods.neftune": "neftune neftune_noise",
+    "methods.nf4": "NF4_CODE NF4Linear NF4Tensor quantize_nf4",
+    "methods.logprobs": "token_logps",
+    "methods.preference": "dpo_loss implicit_reward ipo_loss kto_loss orpo_loss simpo_loss",
+    "adapters": "AdapterConfig add_adapters adapters_disabled merge_adapters "
+    "load_adapters save_adapters use_adapter",
+    "models": "load_model profile",
+    "data": "collate_feedback collate_preferences collate_sft read_records render",
+    "scoring": "completion_logps sequence_logps",
+    "training": "History TrainConfig sft_loss train",
+    "memory": "MemoryBudget MemoryPlan budget known_config measure plan_training",
+    "export": "export_gguf verify_gguf write_modelfile",
+}
+
+
+@pytest.mark.parametrize(("module", "names"), CONTRACT.items())
+def test_names_that_others_rely_on_are_in_their_module_and_in_the_package(module, names):
+    home = importlib.import_module(f"spark_ft.{module}")
+    none(name for name in names.split() if getattr(home, name) is not getattr(spark_ft, name))
 
 
 def test_the_version_is_the_metadatas_and_unknown_names_are_an_attribute_error():
