@@ -33,22 +33,13 @@ import math
 import torch
 from torch.nn import functional as F
 
-from spark_ft import (
-    AdapterConfig,
-    TrainConfig,
-    add_adapters,
-    load_model,
-    profile,
-    render,
-    save_adapters,
-    sft_batches,
-    sft_loss,
-    train,
-)
+from spark_ft import load_model, profile, render, sft_batches, sft_loss
+from spark_ft.adapters import AdapterConfig, add_adapters, save_adapters
 from spark_ft.lab import headline, kitchen, parity, yours
 from spark_ft.lab.checks import lab_3_1_4 as checks
 from spark_ft.lab.experiments import agrees, load
 from spark_ft.lab.study import lab_3_1_4 as study
+from spark_ft.training import TrainConfig, train
 
 # %% [markdown]
 # ## It works
@@ -113,7 +104,7 @@ batch = batches(0)
 study.show_labels(tokenizer, batch)
 
 # %% [markdown]
-# That was a row as the package labels it. Only the marked tokens train the model.
+# Only the marked tokens train the model.
 #
 # ### Exercise 2: the loss
 # ●●● importance · ●●○ difficulty · 8 minutes
@@ -299,8 +290,7 @@ yours.trains(
 )
 
 # %% [markdown]
-# From here on the lab uses the package's loop. It refuses a step that would not fit in memory, and it can go on after a kill. Its loss never
-# makes the whole table of logits: only places that predict a completion token meet the output head.
+# From here on the lab uses the package's loop. It refuses a step that would not fit in memory, and it can go on after a kill.
 #
 # ### A bug hunt
 #
@@ -432,8 +422,7 @@ study.show_profiles()
 study.show_plans("Qwen3-8B")
 
 # %% [markdown]
-# How long a step takes there is not written here, because we have not measured it. [Lab 3.1.5](lab-3.1.5-70b-qlora-finetuning.ipynb)
-# takes such a plan apart.
+# We have not measured a step there. [Lab 3.1.5](lab-3.1.5-70b-qlora-finetuning.ipynb) takes such a plan apart.
 #
 # | you want | you change |
 # |---|---|
