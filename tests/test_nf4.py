@@ -72,10 +72,16 @@ def test_numbers_at_and_beside_every_midpoint_and_blocks_of_zeros_get_bitsandbyt
     middle = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
     beside = [middle.nextafter(torch.tensor(far)) for far in (2.0, -2.0)]
     row = torch.cat([middle, *beside, NF4_CODE, torch.zeros(3)])
-    w = torch.stack([row, 3.7 * row, torch.zeros(64), -row, torch.full((64,), 1e-30), row * 1e30])
+    edges = torch.arange(-128, 129) / 128  # of the cells in which a code is looked up
+    edges = torch.cat([edges, *(edges.nextafter(torch.tensor(far)) for far in (2.0, -2.0))]).clamp(-1, 1)
+    blocks = [torch.cat([part, torch.ones(64 - len(part))]) for part in edges.split(63)]
+    flat = [torch.zeros(64), torch.full((64,), 1e-30)]
+    w = torch.stack([row, 3.7 * row, -row, row * 1e30, *flat, *blocks, *(0.7 * block for block in blocks)])
     for double_quant in (False, True):
         assert torch.equal(quantize_nf4(w, 64, double_quant).packed, theirs(w, double_quant)[0].view(-1))
-    assert torch.equal(quantize_nf4(w, 64, False).dequantize()[2], torch.zeros(64))
+    assert torch.equal(quantize_nf4(w, 64, False).dequantize()[4], torch.zeros(64))
+    faint = torch.linspace(-1, 1, 64) * 1e-40  # 1 / its largest is inf
+    assert torch.equal(quantize_nf4(faint).dequantize().sign(), faint.sign())
 
 
 def test_a_number_takes_4_127_bits_4_5_without_double_quantization_and_some_cannot_be_quantized():

@@ -400,7 +400,7 @@ forgetful = memory.show_forgetful(model, tokenizer)
 # Other models, in the same call. In the last two, mixtures of experts, few experts work on each token, but all must be in memory.
 
 # %%
-memory.show_models(("Llama-3.3-70B", "Qwen2.5-72B", "gpt-oss-20b", "Qwen3-30B-A3B"))
+memory.show_models(("Llama-3.3-70B", "gpt-oss-20b", "Qwen3-30B-A3B"))
 
 # %% tags=["knob"]
 ROWS = 4  # turn this: 1, 16, 32. When does a DGX Spark no longer hold it, and which terms grew?

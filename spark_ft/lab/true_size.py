@@ -1,8 +1,8 @@
-"""A model of true size with random weights: what a step takes and how long depends on their number, not on
-what they say.
+"""A model of true size with random weights: memory and time of a step depend on how many they are.
 
-    python -m spark_ft.lab.true_size                    all 80 layers of Llama-3.3-70B in NF4, LoRA r16, S =
-    512 and 2048 python -m spark_ft.lab.true_size --layers 2 --lengths 512
+    python -m spark_ft.lab.true_size                           Llama-3.3-70B, all 80 layers, in NF4, LoRA r16,
+                                                               rows of 512 and 2048 tokens
+    python -m spark_ft.lab.true_size --layers 2 --lengths 512
 
 Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes minutes and
 writes `data/measurements/gpu/NAME.json`, with device, date, versions and settings.
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -143,25 +144,36 @@ def measure_layer(config, length: int) -> dict[str, float]:
     own.
 
     In a process that has computed before, what that left in the heap is filled first, and what is needed
-    looks like more.
+    looks like more. Large tensors are asked for in pages of 2 MiB, for fewer calls to the system.
 
     Returns:
-        "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak while it was
-        made), and "counted" and "process" (the step's peak as the tracker and the system see it, the layer
-        included); "seconds making", "seconds a step".
+        "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak of its
+        tensors while it was made), and "counted" and "process" (the step's peak as the tracker and the system
+        see it, the layer included); "seconds making", "seconds a step".
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+    with _environment(THP_MEM_ALLOC_ENABLE="1"), ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         return fresh.submit(_layer_figures, config, length).result()
 
 
+@contextmanager
+def _environment(**settings: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _layer_figures(config, length: int) -> dict[str, float]:
-    free_at_once()
     small = giant_config(1, "SmolLM2-135M")
     layer_step(random_layer(small), small, 16)  # libraries load and make their workspaces
     started = time.perf_counter()
-    with measure("cpu", process=True) as making:
+    with measure("cpu") as making:
         layer = random_layer(config)
     made = time.perf_counter()
+    free_at_once()
     quantized = [module.weight for module in layer.modules() if isinstance(module, NF4Linear)]
     own = sum({id(t): t.nbytes for t in (*layer.parameters(), *layer.buffers())}.values())
     begun = time.perf_counter()
@@ -171,7 +183,7 @@ def _layer_figures(config, length: int) -> dict[str, float]:
         "weights": sum(weight.numel() for weight in quantized),
         "in 4 bits": sum(weight.nbytes for weight in quantized),
         "layer": own,
-        "making": making.extra,
+        "making": making.peak,
         "counted": own + counted.extra,
         "process": own + process.extra,
         "seconds making": made - started,

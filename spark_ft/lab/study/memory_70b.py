@@ -1,6 +1,7 @@
 """What lab 3.1.5 shows of memory and speed: a true-size layer, plans of 70B, floors, what is free."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,10 @@ def show_forgetful(model: nn.Module, tokenizer: Any) -> float:
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)  # makes moments, moves nothing
     plan = plan_step(model, batch)
-    for _ in range(2):  # AdamW makes its moments at the end of the first step
-        optimizer.zero_grad(set_to_none=True)
-        with measure("cpu") as made:
-            total, count = sft_loss(model, batch)
-            (total / count).backward()
-        optimizer.step()
+    with measure("cpu") as made:
+        total, count = sft_loss(model, batch)
+        (total / count).backward()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.train(was)
     own = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
@@ -111,10 +110,14 @@ def _whole_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     return model(**batch, use_cache=False).loss, 1
 
 
-def plan_70b(length: int, **settings: Any) -> MemoryPlan:
-    """QLoRA of Llama-3.3-70B's shape, rank 16; notes, gradients and moments in bf16."""
-    settings = {"adapter_dtype": torch.bfloat16, **settings}
-    return plan_training(known_config("Llama-3.3-70B"), "qlora", length=length, **settings)
+def plan_70b(length: int, name: str = "Llama-3.3-70B", **settings: Any) -> MemoryPlan:
+    """QLoRA of a well-known model's shape, rank 16; notes, gradients and moments in bf16."""
+    return _planned(name, length, **{"adapter_dtype": torch.bfloat16, **settings})
+
+
+@cache  # labs ask for the same plan more than once
+def _planned(name: str, length: int, **settings: Any) -> MemoryPlan:
+    return plan_training(known_config(name), "qlora", length=length, **settings)
 
 
 def show_plans() -> dict[int, MemoryPlan]:
@@ -154,7 +157,7 @@ def show_models(names: Sequence[str], length: int = 2048) -> None:
     """Other models in the same call: dense ones and mixtures of experts."""
     rows = []
     for name in names:
-        plan = plan_training(known_config(name), "qlora", length=length, adapter_dtype=torch.bfloat16)
+        plan = plan_70b(length, name)
         weights = sum(plan.terms.get(n, 0) for n in ("linear layers", "experts", TABLES))
         rows.append(
             {
