@@ -35,7 +35,6 @@ from spark_ft.embedded import EMBEDDED
 from spark_ft.lab import headline, yours
 from spark_ft.lab.checks import lab_3_1_6 as checks
 from spark_ft.lab.experiments import agrees, lab_3_1_6, load
-from spark_ft.lab.experiments.common import held_out
 from spark_ft.lab.kitchen import TICKETS, tickets
 from spark_ft.lab.study import lab_3_1_6 as study
 from spark_ft.lab.tokens import show_tokens
@@ -373,13 +372,13 @@ runs = {
     "its own template": (model, history),
     f"[INST] marks, {END!r}": study.train_rows(rows.records, learn=learn),
 }
-used = study.show_in_use(runs, tickets("validation")[2:26])
+used = study.show_in_use(runs, tickets("validation")[2:18])
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# None, although 8 of 24 answers begin with the right ticket (10 with the right template). To this tokenizer `</s>` is plain text, so
-# the model never learned to stop. A line break as `END` is as bad. With `END = "<|im_end|>"` 23 of 24 answers stop and 10 are
+# None, although 5 of 16 answers begin with the right ticket (6 with the right template). To this tokenizer `</s>` is plain text, so
+# the model never learned to stop. A line break as `END` is as bad. With `END = "<|im_end|>"` 14 of 16 answers stop and 6 are
 # right: in this one seed, the marks around the *question* did no harm that we can see. Do not rely on that. Let the tokenizer
 # write all marks.
 # </details>
@@ -389,7 +388,7 @@ used = study.show_in_use(runs, tickets("validation")[2:26])
 #
 # One set has sixteen tickets. In a second set, eight of them are replaced by rows *of the test*. Both models are scored on those eight
 # rows, and on forty that nobody has seen. In the **control** the same eight orders leak, each with another order's ticket. If the
-# answers are learned by heart, the control must not look better. Five seeds are stored; you train the leaked set of one.
+# answers are learned by heart, the control must not look better. Five seeds are stored; you run the first five steps of one.
 #
 # > **Seed**: the number that fixes all that is random in a run. Several seeds show how much luck there is.
 #
@@ -401,11 +400,10 @@ used = study.show_in_use(runs, tickets("validation")[2:26])
 
 # %% tags=["experiment"]
 stored = load("leaked_test_rows")
-sets, scored = lab_3_1_6.draw(seed=0)
-cheat, cheated = lab_3_1_6.tune_drawn(sets["leaked"], seed=0)
-print(agrees(cheated.losses[:5], stored.figures(0)["leaked"]["losses"]))
-live = {which: held_out(cheat, tokenizer, some)["exact match"] for which, some in scored.items()}
-leak = study.show_leak(stored, live)
+sets, _ = lab_3_1_6.draw(seed=0)
+_, cheated = lab_3_1_6.tune_drawn(sets["leaked"], seed=0, first=5)
+print(agrees(cheated.losses, stored.figures(0)["leaked"]["losses"]))
+leak = study.show_leak(stored)
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -464,7 +462,7 @@ headline(
         "false alarms (%)": 100 * marked["false alarms"],
         "split by rows: test rows leaked": split["by rows"],
         "longer is chosen, test pairs (%)": 100 * lengths["kitchen_preferences, test"].value,
-        "exact, own template, of 24": used["its own template"]["exact"],
+        "exact, own template, of 16": used["its own template"]["exact"],
         "exact, other marks": used[f"[INST] marks, {END!r}"]["exact"],
         "leaked − clean, leaked rows (points)": leak["leaked rows"].value,
         "on untouched rows (points)": leak["untouched rows"].value,
