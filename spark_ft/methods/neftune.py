@@ -66,9 +66,7 @@ def neftune(model: nn.Module, alpha: float, true_lengths: bool = False) -> Itera
         raise ValueError(f"alpha={alpha}; the noise's size must be at least 0, usually 5 to 15")
     embedding, backbone = model.get_input_embeddings(), getattr(model, "base_model", model)
     if getattr(embedding, "neftune_alpha", 0):
-        raise ValueError(
-            "NEFTune is on already for this model: the noise would count twice; leave that block first"
-        )
+        raise ValueError("NEFTune is on already for this model and would count twice; leave that block first")
     call: dict = {}
 
     def remember(_, args, kwargs):
