@@ -1,7 +1,7 @@
 """Writes train.jsonl, one thumb a row, from the train cores of kitchen_preferences; `--check` only compares.
 
-Each core gives three answers in metric with the thumb up and one in imperial with the thumb down: 3 to 1. Question and
-wording are never matched as they are in the preference pairs, so no row repeats half of a pair.
+Each core gives three answers in metric with the thumb up and one in imperial with the thumb down: 3 to 1.
+Question and wording are never matched as they are in the preference pairs, so no row repeats half of a pair.
 """
 
 import random

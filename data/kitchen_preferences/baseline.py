@@ -1,13 +1,13 @@
-"""Prints how often a model answers the test prompts in metric units before it was taught to: `python baseline.py`."""
+"""Prints how often a model answers the test prompts in metric units untaught: `python baseline.py`."""
 
 import json
 import sys
 from pathlib import Path
 
-from spark_ft.evaluation import generate
-from spark_ft.stats import wilson_interval
 from spark_ft.data.judge import is_metric
+from spark_ft.evaluation import generate
 from spark_ft.models import load_model
+from spark_ft.stats import wilson_interval
 
 
 def baseline(model, tokenizer, prompts: list[str], max_new_tokens: int = 80) -> tuple[list[str], list[bool]]:

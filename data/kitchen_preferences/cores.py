@@ -1,4 +1,4 @@
-"""What the generators of data/ share: the hand-written cores, both spellings of a quantity, and writing or checking."""
+"""What the generators of data/ share: hand-written cores, both spellings of a quantity, write or check."""
 
 import argparse
 import json

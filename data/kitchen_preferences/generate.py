@@ -1,10 +1,11 @@
 """Writes train.jsonl and test.jsonl from the hand-written cores; `--check` only compares.
 
-A core is one thing to know in a kitchen: a few ways to ask for it, as many wordings of the answer, and each quantity in
-both spellings. A question gets one wording in metric as `chosen` and another in imperial as `rejected`; each wording is
-chosen once and rejected once. Which goes where, and how units are abbreviated, is searched for until neither the length
-nor the place of a wording tells chosen from rejected: the longer one is chosen as often as not, at every length and
-difference, and the wording that was written with this question in mind is chosen as often as rejected.
+A core is one thing to know in a kitchen: a few ways to ask for it, as many wordings of the answer, and each
+quantity in both spellings. A question gets one wording in metric as `chosen` and another in imperial as
+`rejected`; each wording is chosen once and rejected once. Which goes where, and how units are abbreviated, is
+searched for until neither the length nor the place of a wording tells chosen from rejected: the longer one is
+chosen as often as not, at every length and difference, and the wording that was written with this question in
+mind is chosen as often as rejected.
 """
 
 import random
@@ -20,7 +21,7 @@ SEED = 7
 
 
 class Plan(NamedTuple):
-    """Question i gets wording i + chosen in metric and wording i + rejected in imperial, modulo their number."""
+    """Question i gets wording i + chosen in metric, i + rejected in imperial, modulo their number."""
 
     chosen: int
     rejected: int
@@ -43,8 +44,9 @@ def pairs(core: Core, plan: Plan) -> list[dict]:
 
 
 def pieces(text: str) -> int:
-    """About as many as a tokenizer makes: words, signs, digits one by one, the space before them, rare fractions thrice."""
-    return len(re.findall(r" (?=[\d½⅓⅔¼¾⅛⅜⅝⅞⅙])|\d|[^\W\d]+|[^\w\s]", text)) + 2 * len(re.findall("[⅓⅔⅛⅜⅝⅞⅙]", text))
+    """About as many as a tokenizer makes: words, signs, single digits, spaces before, rare fractions x 3."""
+    rare = re.findall("[⅓⅔⅛⅜⅝⅞⅙]", text)
+    return len(re.findall(r" (?=[\d½⅓⅔¼¾⅛⅜⅝⅞⅙])|\d|[^\W\d]+|[^\w\s]", text)) + 2 * len(rare)
 
 
 def cells(rows: list[dict]) -> Counter:
@@ -66,7 +68,7 @@ def cells(rows: list[dict]) -> Counter:
 
 
 def planned(split: str) -> list[tuple[Core, Plan]]:
-    """Each core with its plan, changed one core at a time for as long as that brings down the sum of all cells' squares."""
+    """Each core with its plan, changed one core at a time while that lowers the sum of all cells' squares."""
     rng = random.Random(SEED)
     cores = read_cores(split)
     rng.shuffle(cores)
@@ -104,4 +106,5 @@ def make(split: str) -> list[dict]:
 
 if __name__ == "__main__":
     about = __doc__.splitlines()[0]
-    sys.exit(write_or_check(HERE, {f"{split}.jsonl": jsonl(make(split)) for split in ("train", "test")}, about))
+    files = {f"{split}.jsonl": jsonl(make(split)) for split in ("train", "test")}
+    sys.exit(write_or_check(HERE, files, about))

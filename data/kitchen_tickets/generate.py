@@ -1,7 +1,8 @@
-"""Writes train.jsonl, validation.jsonl and test.jsonl, byte for byte the same each time; `--check` only compares.
+"""Writes train.jsonl, validation.jsonl and test.jsonl, the same bytes each time; `--check` only compares.
 
-A row is a waiter's note and the kitchen ticket it stands for. An order is drawn first (dishes with what a cook would
-leave off or add to them), then written down in one of the hand-written styles below; the ticket is that order as JSON.
+A row is a waiter's note and the kitchen ticket it stands for. An order is drawn first (dishes with what a
+cook would leave off or add to them), then written down in one of the hand-written styles below; the ticket is
+that order as JSON.
 """
 
 import argparse
@@ -103,7 +104,7 @@ UNSEEN_DISHES = [
 
 
 class Style(NamedTuple):
-    """One way to write a whole note down. {} takes the thing itself; what an order lacks leaves nothing behind."""
+    """One way to write a note down. {} takes the thing itself; what an order lacks leaves nothing behind."""
 
     name: str
     note: str  # {table} {items}
@@ -128,7 +129,8 @@ SEEN_STYLES = [
           " ({})", " -{}", " +{}"),
     Style("dashes", "table {table}\n{items}", "- {n} {dish}{how}{no}{add}", "\n", DIGITS,
           ", {}", ", no {}~, hold {}", ", add {}~, extra {}"),
-    Style("polite", "Could I please have {items} for table {table}?", "{n} {dish}{how}{no}{add}", ", and also ", WORDS,
+    Style("polite", "Could I please have {items} for table {table}?", "{n} {dish}{how}{no}{add}",
+          ", and also ", WORDS,
           " cooked {}~, {}", " without the {}~, no {} please", " with some extra {}~, adding {}"),
     Style("ok_so", "ok so table {table} wants {items}", "{n} {dish}{how}{no}{add}", " and then ", WORDS,
           " {}", " but no {}~ hold the {}", " with {} added~ and extra {} on it"),
@@ -141,34 +143,42 @@ SEEN_STYLES = [
           " [{}]", " [no {}]~ [hold {}]", " [add {}]~ [extra {}]"),
     Style("hey", "hey, can you put in {items}? its for {table}.", "{n} {dish}{how}{no}{add}", " and ", WORDS,
           ", {}", ", no {}~, skip the {}", ", extra {}~, with {} too"),
-    Style("fragments", "New order. Table {table}. {items}", "{n} {dish}.{how}{no}{add}", " ", "One Two Three Four",
+    Style("fragments", "New order. Table {table}. {items}", "{n} {dish}.{how}{no}{add}", " ",
+          "One Two Three Four",
           " Make it {}.~ Cooked {}.", " No {}.~ Without {}.", " Extra {}.~ Add {}."),
     Style("letters", "Table {table} order:\n{items}", "* {dish}: {n}{how}{no}{add}", "\n", DIGITS,
           ", {}", ", NO {}~, no {}", ", EXTRA {}~, extra {}"),
-    Style("my_guests", "My guests on {table} asked for {items}.", "{n} {dish}{how}{no}{add}", ", followed by ", WORDS,
+    Style("my_guests", "My guests on {table} asked for {items}.", "{n} {dish}{how}{no}{add}",
+          ", followed by ", WORDS,
           ", {}", ", with the {} left off~, no {}", ", with {} on top~, extra {}"),
 ]
 UNSEEN_STYLES = [
     Style("window", "The party by the window, table {table}, settled on {items}.", "{n} {dish}{how}{no}{add}",
           " together with ", WORDS,
-          " prepared {}", ", nothing with {} in it~, omitting the {}", ", topped with {}~, and {} as an extra"),
+          " prepared {}", ", nothing with {} in it~, omitting the {}",
+          ", topped with {}~, and {} as an extra"),
     Style("put_me_down", "Put me down for {items}. I sit at table {table}.", "{n} {dish}{how}{no}{add}",
           " and another thing, ", WORDS,
-          ", {} if possible", ", I don't want {}~, keep the {} off", ", I'd love extra {}~, give me {} with it"),
+          ", {} if possible", ", I don't want {}~, keep the {} off",
+          ", I'd love extra {}~, give me {} with it"),
     Style("semicolons", "tbl{table};{items}", "{n};{dish}{how}{no}{add}", ";", DIGITS,
           ";{}", ";no {}", ";extra {}"),
-    Style("thats_all", "{items}... that's everything for number {table}", "{n} {dish}{how}{no}{add}", "... ", WORDS,
+    Style("thats_all", "{items}... that's everything for number {table}", "{n} {dish}{how}{no}{add}", "... ",
+          WORDS,
           " nice and {}", ", drop the {}~, zero {}", ", throw in {}~, load up on {}"),
     Style("what_where", "What: {items}. Where: table {table}.", "{n} {dish}{how}{no}{add}", " / ", DIGITS,
           ", how: {}", ", off: {}", ", on: {}"),
     Style("signs", "tab.{table} {items}", "{n}*{dish}{how}{no}{add}", " ... ", DIGITS,
           " @{}", " w/out {}", " w/ xtra {}"),
-    Style("when_you_can", "Kitchen, when you can: {table} is still waiting on {items}.", "{dish} ({n}{how}{no}{add})",
+    Style("when_you_can", "Kitchen, when you can: {table} is still waiting on {items}.",
+          "{dish} ({n}{how}{no}{add})",
           " and ", WORDS,
           ", {}", ", {} removed~, free of {}", ", {} on the side as an extra~, double {}"),
-    Style("check", "add to the check of table {table}:{items}", " {n} of the {dish}{how}{no}{add}", ",", DIGITS,
+    Style("check", "add to the check of table {table}:{items}", " {n} of the {dish}{how}{no}{add}", ",",
+          DIGITS,
           " / {}", " / take out {}", " / put in {}"),
-    Style("repeat_back", "Repeating that back: {items}, table {table}. Right?", "{n} {dish}{how}{no}{add}", ", ", WORDS,
+    Style("repeat_back", "Repeating that back: {items}, table {table}. Right?", "{n} {dish}{how}{no}{add}",
+          ", ", WORDS,
           " {} style", " and absolutely no {}~ and lose the {}", " and a bit of extra {}~ and put {} on"),
     Style("done_when", "once you're free do {items} ... {table} ordered it", "{dish} times {n}{how}{no}{add}",
           ", next ", WORDS,
@@ -177,7 +187,7 @@ UNSEEN_STYLES = [
 
 
 def draw_order(rng: random.Random, menu: list[Dish], count: int) -> dict:
-    """An order of one or two dishes as the ticket shows it: keys always in this order, what was not asked for left out."""
+    """An order of one or two dishes as its ticket: keys in this order, what was not asked for left out."""
     dishes = rng.sample(menu, count)
     most = 3 - len(dishes)  # two wishes for one dish alone, one for each of two: a ticket stays short
     items = []
@@ -223,7 +233,7 @@ def without_table(order: dict) -> str:
 
 
 def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, earlier: list[dict]) -> list[dict]:
-    """`count` rows, the styles in turn: no two notes alike, and no note or order of an `earlier` split come again."""
+    """`count` rows, the styles in turn: no two notes alike, no note or order of an `earlier` split again."""
     styles = SEEN_STYLES if phrasing == "seen" else UNSEEN_STYLES
     menu = SEEN_DISHES if dishes == "seen" else UNSEEN_DISHES
     own: list[set] = []
@@ -239,9 +249,8 @@ def draw_rows(rng: random.Random, count: int, phrasing: str, dishes: str, earlie
             continue
         own.append(grams)
         ticket = json.dumps(order, separators=(",", ":"))
-        rows.append(
-            {"prompt": prompt, "completion": ticket, "phrasing": phrasing, "dishes": dishes, "style": style.name}
-        )
+        kind = {"phrasing": phrasing, "dishes": dishes, "style": style.name}
+        rows.append({"prompt": prompt, "completion": ticket, **kind})
     rng.shuffle(rows)
     return rows
 
@@ -252,7 +261,8 @@ def make() -> dict[str, list[dict]]:
     train = draw_rows(rng, 600, "seen", "seen", [])
     validation = draw_rows(rng, 100, "seen", "seen", train)
     parts = (("seen", "seen", 100), ("unseen", "seen", 50), ("unseen", "unseen", 50))
-    test = [row for phrasing, dishes, n in parts for row in draw_rows(rng, n, phrasing, dishes, train + validation)]
+    known = train + validation
+    test = [row for phrasing, dishes, n in parts for row in draw_rows(rng, n, phrasing, dishes, known)]
     return {"train": train, "validation": validation, "test": test}
 
 

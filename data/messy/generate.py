@@ -1,7 +1,7 @@
-"""Writes train.jsonl and faults.json: hand-written rows with faults planted on purpose; `--check` only compares.
+"""Writes train.jsonl and faults.json: written rows with faults planted on purpose; `--check` only compares.
 
-source.txt holds the clean rows and those written to be broken. This script breaks the encoding, spins the loops,
-copies rows exactly and nearly, and lets rows of the two test sets leak in.
+source.txt holds the clean rows and those written to be broken. This script breaks the encoding, spins the
+loops, copies rows exactly and nearly, and lets rows of the two test sets leak in.
 """
 
 import json
@@ -50,7 +50,7 @@ def read_rows(path: str) -> list[dict]:
 
 
 def garble(text: str, way: int) -> str:
-    """The text as it looks after a wrong decoding, once or twice, or after what cannot be shown was replaced."""
+    """The text as a wrong decoding leaves it, once or twice, or after what cannot be shown was replaced."""
     if way % 3 == 2:
         return "".join(letter if letter.isascii() else "\ufffd" for letter in text)
     for _ in range(2 if way % 6 == 4 else 1):
@@ -78,7 +78,8 @@ def overlap(a: set, b: set) -> float:
 
 def honest_tickets(count: int) -> list[dict]:
     """Train tickets that resemble no test ticket and not each other: rows that look leaked and are not."""
-    tests = [words(row["prompt"] + " " + row["completion"]) for row in read_rows("kitchen_tickets/test.jsonl")]
+    rows = read_rows("kitchen_tickets/test.jsonl")
+    tests = [words(row["prompt"] + " " + row["completion"]) for row in rows]
     chosen: list[dict] = []
     for row in read_rows("kitchen_tickets/train.jsonl"):
         grams = words(row["prompt"] + " " + row["completion"])
@@ -87,7 +88,8 @@ def honest_tickets(count: int) -> list[dict]:
             tests.append(grams)
         if len(chosen) == count:
             return chosen
-    raise SystemExit(f"kitchen_tickets/train.jsonl has fewer than {count} rows unlike its test rows; ask for fewer")
+    told = f"kitchen_tickets/train.jsonl has fewer than {count} rows unlike its test rows"
+    raise SystemExit(f"{told}; ask for fewer")
 
 
 def leaks(rng: random.Random) -> list[dict]:
@@ -109,7 +111,8 @@ def make() -> tuple[list[dict], dict[str, str]]:
     rng = random.Random(SEED)
     source = read_source()
     clean = source["clean"] + honest_tickets(9)
-    rows: list[tuple[str, dict, dict | None]] = [("clean", row, None) for row in clean]  # kind, row, what it copies
+    # kind, row, what it copies
+    rows: list[tuple[str, dict, dict | None]] = [("clean", row, None) for row in clean]
     originals = []
     for start, old, new in NEAR_COPIES:
         (row,) = [row for row in clean if row["prompt"].startswith(start)]
@@ -119,7 +122,8 @@ def make() -> tuple[list[dict], dict[str, str]]:
         rows.append(("near_duplicate", copy, row))
         originals.append(row)
     code = [row for row in clean if "```" in row["completion"] and row not in originals]
-    prose = [row for row in source["clean"] if row not in code and row not in originals and len(row["completion"]) > 40]
+    taken = code + originals
+    prose = [row for row in source["clean"] if row not in taken and len(row["completion"]) > 40]
     for row in rng.sample(code, 2) + rng.sample(prose, 10):
         rows.append(("exact_duplicate", dict(row), row))
     for way, row in enumerate(source["encoding"]):
@@ -130,7 +134,7 @@ def make() -> tuple[list[dict], dict[str, str]]:
     rows += [(kind, row, None) for kind in ("cut_off", "refusal") for row in source[kind]]
     rows += [("leaked", row, None) for row in leaks(rng)]
     rng.shuffle(rows)
-    for i, (_, _, original) in enumerate(rows):  # the copy comes after what it copies, so the first one can stay
+    for i, (_, _, original) in enumerate(rows):  # a copy comes after what it copies, so the first can stay
         if original is not None:
             j = next(j for j, other in enumerate(rows) if other[1] is original)
             if j > i:
