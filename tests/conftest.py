@@ -22,6 +22,14 @@ def pytest_configure(config):
     import spark_ft.lab  # noqa: F401
 
 
+def pytest_collection_modifyitems(items):
+    """Labs first in either half of the tests: both workers begin with them, and neither ends on one."""
+    labs = [item for item in items if item.get_closest_marker("notebooks")]
+    others = [item for item in items if not item.get_closest_marker("notebooks")]
+    half = len(others) // 2
+    items[:] = labs[::2] + others[:half] + labs[1::2] + others[half:]
+
+
 @pytest.fixture(autouse=True)
 def checks_draw_the_same_inputs_in_every_run(request, monkeypatch):
     """A check draws fresh inputs at every call; here it draws the same sequence in every run of a test."""
