@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from spark_ft import collate_feedback, collate_preferences, collate_sft, with_prompt
-from spark_ft.data.batches import feedback_batches, preference_batches, sft_batches
+from spark_ft.data.batches import feedback_batches, padded, preference_batches, sft_batches
 from spark_ft.data.chat import IGNORE, all_answers, last_answer, render, whole_conversation, whole_text
 from spark_ft.data.formats import sft_to_messages, sharegpt_to_messages, to_dataset
 from spark_ft.data.records import check_records, iter_records, read_records, write_records
@@ -577,6 +577,14 @@ def test_a_dataset_is_taken_wherever_records_are(tokenizer):
     assert check_records(dataset, "sft") == rows
     more = to_dataset([*rows, {"prompt": "Table 7?"}])
     complains((check_records, (more, "sft"), 'row 6: "completion" must be a text, not null'))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_stands_on_the_side_that_was_asked_for(left):
+    ids, mask = padded([[5, 6, 7], [8], [9, 3]], 0, left)
+    short = [[0, 0, 8], [0, 9, 3]] if left else [[8, 0, 0], [9, 3, 0]]
+    assert ids.tolist() == [[5, 6, 7], *short]
+    assert mask.tolist() == (ids != 0).long().tolist()
 
 
 def test_write_records_gives_back_the_rows_and_never_half_a_file(tmp_path):
