@@ -1,4 +1,4 @@
-"""Prints how often a model answers the test prompts in metric units untaught: `python baseline.py`."""
+"""Prints how often an untaught model answers the test prompts in metric units: `python baseline.py`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A model of true size with random weights: memory and time of a step depend on how many they are.
+"""A model of true size with random weights: a step's memory and time depend on their number alone.
 
     python -m spark_ft.lab.true_size                           Llama-3.3-70B, all 80 layers, in NF4, LoRA r16,
                                                                rows of 512 and 2048 tokens
@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -144,26 +145,16 @@ def measure_layer(config, length: int) -> dict[str, float]:
     own.
 
     In a process that has computed before, what that left in the heap is filled first, and what is needed
-    looks like more. Large tensors are asked for in pages of 2 MiB, for fewer calls to the system.
+    looks like more. There, large tensors come in pages of 2 MiB where the system has them: it is faster.
 
     Returns:
         "weights", how many; in bytes "in 4 bits", "layer" (all its tensors), "making" (the peak of its
         tensors while it was made), and "counted" and "process" (the step's peak as the tracker and the system
         see it, the layer included); "seconds making", "seconds a step".
     """
-    with _environment(THP_MEM_ALLOC_ENABLE="1"), ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+    pages = patch.dict(os.environ, THP_MEM_ALLOC_ENABLE="1")  # read by torch when it is imported
+    with pages, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         return fresh.submit(_layer_figures, config, length).result()
-
-
-@contextmanager
-def _environment(**settings: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _layer_figures(config, length: int) -> dict[str, float]:

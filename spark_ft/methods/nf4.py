@@ -30,8 +30,8 @@ def _scale_code() -> Tensor:
 SCALE_CODE = _scale_code()
 # Both values of each byte as one int64: one lookup fetches two fp32 numbers.
 _CODE_PAIRS = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1).view(torch.int64)[:, 0]
-# Between each two codes lies a middle. Of 256 cells of [−1, 1] each holds at most one: how many lie below a
-# cell, by more than a number that was rounded into it can be off.
+# The middles between neighbouring codes, and how many of them lie below each of 256 cells of [−1, 1]. No cell
+# holds two of them; 1e-4 is more than a number that is rounded into a cell can be off.
 _MIDDLES = F.pad((NF4_CODE[1:] + NF4_CODE[:-1]) / 2, (0, 1), value=torch.inf)
 _BELOW = ((torch.arange(257) / 128 - 1)[:, None] - 1e-4 > _MIDDLES).sum(1, dtype=torch.int32)
 _TABLES = {torch.device("cpu"): (_CODE_PAIRS, SCALE_CODE, _MIDDLES, _BELOW)}
@@ -164,7 +164,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
 
 def _nearest(x: Tensor) -> Tensor:
-    """Index of the nearest NF4 code: `torch.bucketize(x, _MIDDLES)` in a seventh of its time; changes x."""
+    """Index of the nearest NF4 code: `torch.bucketize(x, _MIDDLES)` in a fifth of its time; changes x."""
     _, _, middles, below = _on(x.device)
     flat = x.nan_to_num_(0.0, posinf=1.0, neginf=-1.0).view(-1)  # nan: 0 · (1/0), from a block of zeros
     codes = below.index_select(0, (flat * 128).add_(128).to(torch.int32))
