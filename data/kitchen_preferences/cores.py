@@ -1,4 +1,4 @@
-"""What the generators of data/ share: hand-written cores, both spellings of a quantity, a way to write or check."""
+"""What the generators of data/ share: hand-written cores, both spellings of a quantity, and writing files."""
 
 import argparse
 import json

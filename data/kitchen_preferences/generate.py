@@ -44,7 +44,7 @@ def pairs(core: Core, plan: Plan) -> list[dict]:
 
 
 def pieces(text: str) -> int:
-    """About as many as a tokenizer makes: words, signs, single digits and the space before; a rare fraction is 3."""
+    """About as many as a tokenizer makes: words, signs, digits, the space before; 3 per rare fraction."""
     rare = re.findall("[⅓⅔⅛⅜⅝⅞⅙]", text)
     return len(re.findall(r" (?=[\d½⅓⅔¼¾⅛⅜⅝⅞⅙])|\d|[^\W\d]+|[^\w\s]", text)) + 2 * len(rare)
 
