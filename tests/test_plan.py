@@ -15,6 +15,7 @@ from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.cli import main as cli
 from spark_ft.experts import quantize_model
 from spark_ft.memory import trace as t
+from spark_ft.memory import tracker
 from spark_ft.memory.machine import DGX_SPARK_SPEED, Machine, free_at_once, measure
 from spark_ft.memory.plan import METHODS, TASKS, plan_step, plan_training
 from spark_ft.memory.shapes import SHAPES, known_config
@@ -244,7 +245,7 @@ def test_70b_qlora_term_by_term_and_its_floor():
     terms = {t.LINEAR: 35.31, t.EMBEDDINGS: 4.20, t.ADAPTERS: 0.41, t.MOMENTS: 0.83, t.CHECKPOINTS: 2.7}
     for name, gigabytes in terms.items():
         assert plan.terms[name] == near(gigabytes), name
-    assert plan.terms[t.CONTEXT] == 700_000_000
+    assert plan.terms[t.CONTEXT] == t.CUDA_CONTEXT_BYTES
     assert sum(plan.terms.values()) == plan.peak == plan.total
     assert plan.where == "backward of the last layer"
     assert plan.peak == near(45.5)
@@ -256,6 +257,17 @@ def test_70b_qlora_term_by_term_and_its_floor():
     assert short.flops == pytest.approx(213e12, rel=0.03)
     assert short.floor(DGX_SPARK_SPEED) == pytest.approx(2.29, rel=0.03)
     assert short.floor(Machine("all bytes", 1e30, 273e9)) == pytest.approx(0.44, rel=0.05)
+
+
+def test_attention_is_counted_without_torchs_own_formula_which_before_2_13_knows_no_shared_keys(monkeypatch):
+    config = tiny_llama().config  # four heads share two keys
+    plans = [plan_training(config, "lora", length=30, device=device) for device in ("cuda", "cpu")]
+    for packet in [packet for packet in tracker.flop_registry if "attention" in str(packet)]:
+        monkeypatch.delitem(tracker.flop_registry, packet)
+    for plan in plans:
+        device = plan.settings["device"]
+        assert plan_training(config, "lora", length=30, device=device).flops == plan.flops
+    assert tracker._attention_flop((2, 4, 30, 8), (2, 2, 30, 8), (2, 2, 30, 8)) == 2 * 4 * (4 * 30 * 30 * 8)
 
 
 def test_mixtures_of_experts_in_nf4_are_planned():

@@ -1,6 +1,7 @@
 """The true-size run, made small: two layers on the CPU, from the command line to the stored JSON."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -45,6 +46,22 @@ def test_without_a_path_nothing_is_stored_and_what_was_comes_back_newest_last(mo
     assert [one["date"] for one in giant.stored()] == ["2026-01-02", "2026-03-04"]
 
 
+@pytest.mark.parametrize(
+    ("method", "task", "first"),
+    [("lora", "preference", 2), ("full", "preference", 2), ("dora", "feedback", None)],
+)
+def test_other_methods_and_tasks_are_measured_beside_their_plan(method, task, first):
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "vocab_size": 997}, num_hidden_layers=3)
+    found = giant.measure_run(config, "cpu", [64], 2, torch.float32, method, task)
+    (run,) = found["runs"]
+    # beside the plan's tensors: 512 bytes for each of the reference's, its checksum
+    assert run["planned peak bytes"] == pytest.approx(run["peak bytes"], rel=0.05)
+    assert found["trained"] <= found["parameters"]
+    if first:
+        assert run["losses"][0] == pytest.approx(math.log(first), rel=1e-6)
+    assert run["losses"][1] < run["losses"][0]
+
+
 def test_the_shape_of_70b_is_llamas_own():
     config = giant.giant_config(80)
     with torch.device("meta"):
@@ -55,7 +72,7 @@ def test_the_shape_of_70b_is_llamas_own():
 
 
 def test_a_random_model_is_in_nf4_but_for_its_ends_and_a_layer_takes_a_step_of_its_adapters():
-    model = giant.random_nf4_model(LlamaConfig(**SMALL, num_hidden_layers=2), "cpu", torch.float32)
+    model = giant.random_model(LlamaConfig(**SMALL, num_hidden_layers=2), "cpu", torch.float32)
     linear = [(name, m) for name, m in model.named_modules() if hasattr(m, "in_features")]
     kinds = {name.rpartition(".")[2]: isinstance(m, NF4Linear) for name, m in linear}
     assert {name for name, quantized in kinds.items() if not quantized} == {"lm_head"}

@@ -3,12 +3,14 @@
     python -m spark_ft.lab.true_size                           Llama-3.3-70B, all 80 layers, in NF4, LoRA r16,
                                                                rows of 512 and 2048 tokens
     python -m spark_ft.lab.true_size --layers 2 --lengths 512
+    python -m spark_ft.lab.true_size --model Llama-3.1-8B --method lora --task preference
 
-Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes minutes and
-writes `data/measurements/gpu/NAME.json`, with device, date, versions and settings.
+Every weight is drawn and quantized on the device, one tensor at a time. On an 80 GB card it takes a minute
+or two and writes `data/measurements/gpu/NAME.json`, with device, date, versions and settings.
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import json
@@ -31,34 +33,45 @@ from torch import Tensor, nn
 from spark_ft.adapters import AdapterConfig, add_adapters
 from spark_ft.experts import nf4_names, put_nf4
 from spark_ft.files import ROOT, write_atomically
-from spark_ft.memory.machine import free_at_once, measure
-from spark_ft.memory.plan import MemoryPlan, plan_step, plan_training
+from spark_ft.memory.machine import Machine, free_at_once, measure
+from spark_ft.memory.plan import (
+    METHODS,
+    TASKS,
+    MemoryPlan,
+    adapt,
+    loss_of,
+    plan_step,
+    plan_training,
+    rows_of,
+)
 from spark_ft.memory.shapes import known_config
 from spark_ft.memory.trace import MOMENTS, kinds_of
 from spark_ft.methods.nf4 import NF4Linear
-from spark_ft.scoring import sft_loss
+from spark_ft.version import __version__
 
 MEASURED = ROOT / "data" / "measurements" / "gpu"
 
 
-def giant_config(layers: int, name: str = "Llama-3.3-70B"):
-    """A well-known model's own shape, with so many of its layers."""
+def giant_config(layers: int | None, name: str = "Llama-3.3-70B"):
+    """A well-known model's own shape, with so many of its layers; None: all."""
     config = known_config(name)
-    config.num_hidden_layers = layers
+    if layers is not None:
+        config.num_hidden_layers = layers
     return config
 
 
-def random_nf4_model(config, device: str, dtype: torch.dtype, seed: int = 0):
-    """A causal language model with random weights in training mode, in NF4 as `load_model` would make it.
+def random_model(config, device: str, dtype: torch.dtype, quantize: bool = True, seed: int = 0):
+    """A causal language model with random weights in training mode, frozen, in NF4 as `load_model` makes it
+    or, without `quantize`, in `dtype` alone.
 
-    Never more than the quantized model and one tensor is in memory.
+    Never more than the model and one tensor in full precision is in memory.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    fill(model, device, seed, quantized=nf4_names(model))
+    fill(model, device, seed, quantized=nf4_names(model) if quantize else ())
     model.tie_weights()
     return model.to(device).train()
 
@@ -191,72 +204,127 @@ def measure_run(
     lengths: Sequence[int],
     steps: int = 4,
     dtype: torch.dtype = torch.bfloat16,
+    method: str = "qlora",
+    task: str = "sft",
     rank: int = 16,
 ) -> dict[str, Any]:
-    """QLoRA steps on a model of this shape, batch 1 and checkpointing: peak bytes, seconds a step, tokens a
-    second.
+    """Training steps on a model of this shape, with checkpointing, beside their plan.
 
     Args:
         config: a transformers config.
         lengths: tokens a row, each measured by itself.
         steps: optimizer steps of each; the first, which warms up, has no part in the median.
+        method, task: as in `plan_training`. A step takes one row; of "preference" one pair, half of each row
+            the answer.
+
+    Returns:
+        For each length in "runs": "peak bytes" (on CUDA what torch allocated), on CUDA "reserved bytes" (what
+        torch took from the device for it) and "context bytes" (what the process holds besides), the plan's
+        peak and terms, "seconds a step", the plan's floor on this device, and the losses.
     """
+    on_cuda = torch.device(device).type == "cuda"
     started = time.perf_counter()
     with measure(device) as making:
-        model = random_nf4_model(config, device, dtype)
-    seconds = {"making the model": time.perf_counter() - started}
+        model = random_model(config, device, dtype, quantize=method == "qlora")
+    seconds, parameters = {"making the model": time.perf_counter() - started}, _count(model)
     torch.manual_seed(0)
-    add_adapters(model, AdapterConfig(rank=rank))
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        adapt(model, method, rank)
     model.activation_checkpointing_enable()
     model.train()
+    reference = (
+        copy.deepcopy(model).requires_grad_(False).eval() if task != "sft" and method == "full" else None
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     # on a CPU only what a step makes is counted
-    held = 0 if device.startswith("cuda") else sum(tensor.nbytes for tensor, _ in kinds_of(model))
+    kept = [] if on_cuda else [tensor for lm in (model, reference) if lm for tensor, _ in kinds_of(lm)]
+    held = sum(tensor.nbytes for tensor in kept)
+    speed = machine_speed(device, dtype) if on_cuda else None
     runs = []
     for length in lengths:
-        ids = torch.randint(
-            config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length)
-        ).to(device)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        part = None if task == "sft" else length // 2
+        batch = {name: x.to(device) for name, x in rows_of(task, 1, length, part).items()}
+        loss = loss_of(task)
+        if reference is not None:
+            loss.reference.model = reference
         times, losses = [], []
+        free_at_once()
         with measure(device) as memory:
             for _ in range(steps):
                 with _timed(times, device):
-                    total, count = sft_loss(model, batch)
+                    total, count, *_ = loss(model, batch)
                     (total / count).backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 losses.append((total / count).item())
         plan = plan_training(
-            config, "qlora", length=length, dtype=dtype, rank=rank, device=torch.device(device).type
+            config,
+            method,
+            task=task,
+            length=length,
+            completion=part,
+            dtype=dtype,
+            rank=rank,
+            device=torch.device(device).type,
         )
+        run = {"length": length, "peak bytes": memory.peak + held}
+        if on_cuda:
+            free, total_bytes = torch.cuda.mem_get_info(device)
+            reserved = torch.cuda.memory_reserved(device)
+            run["reserved bytes"] = torch.cuda.max_memory_reserved(device)
+            run["context bytes"] = total_bytes - free - reserved
+            run["floor seconds"] = plan.floor(speed)
         runs.append(
             {
-                "length": length,
-                "peak bytes": memory.peak + held,
+                **run,
                 "planned peak bytes": plan.peak,
                 "planned terms": plan.terms,
+                "worst moment": plan.where,
                 "seconds a step": median(times[1:] or times),
                 "tokens a second": length / median(times[1:] or times),
                 "losses": losses,
             }
         )
         print(
-            f"{length} tokens: {memory.peak / 1e9:.1f} GB, {runs[-1]['seconds a step']:.2f} s a step",
+            f"{length} tokens: {run['peak bytes'] / 1e9:.2f} GB, planned {plan.peak / 1e9:.2f}, "
+            f"{runs[-1]['seconds a step']:.2f} s a step",
             flush=True,
         )
     return {
-        "parameters": _count(model),
+        "parameters": parameters,
         "trained": sum(p.numel() for p in trained),
         "peak bytes while making": making.peak,
         "seconds": seconds,
+        **({"device FLOP/s": speed.flops, "device bytes a second": speed.bandwidth} if speed else {}),
         "runs": runs,
     }
 
 
+def machine_speed(device: str, dtype: torch.dtype = torch.bfloat16) -> Machine:
+    """What a GPU reaches here: FLOP/s of a matrix product of 8,192 rows, columns and inner numbers, and the
+    bytes a second that a copy reads and writes; each the best of ten."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**30, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def best(run) -> float:
+        times: list[float] = []
+        for _ in range(10):
+            with _timed(times, device):
+                run()
+        return min(times)
+
+    name = torch.cuda.get_device_name(device)
+    return Machine(
+        name, 2 * 8192**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
+    )
+
+
 def _count(model: nn.Module) -> int:
-    dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    dense = sum(p.numel() for p in model.parameters())
     return dense + sum(module.weight.numel() for module in model.modules() if isinstance(module, NF4Linear))
 
 
@@ -281,7 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m spark_ft.lab.true_size", description="QLoRA at true size, random weights."
     )
     parser.add_argument("--model", default="Llama-3.3-70B", help="a known shape (see spark-ft plan --help)")
-    parser.add_argument("--layers", type=int, default=80, help="decoder layers (80)")
+    parser.add_argument("--layers", type=int, help="decoder layers (all)")
+    parser.add_argument("--method", choices=METHODS, default="qlora")
+    parser.add_argument("--task", choices=TASKS, default="sft")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens a row (512 2048)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps for each length (4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -291,25 +361,32 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), torch.bfloat16 if options.device != "cpu" else torch.float32
     config = giant_config(options.layers, options.model)
+    layers, method, task = config.num_hidden_layers, options.method, options.task
     result = {
-        "what": f"{options.model}, {options.layers} layers, random weights, NF4, LoRA r16 on all linear "
-        "layers, AdamW, checkpointing, batch 1",
+        "what": f"{options.model}, {layers} layers, random weights, {method}, {task}, AdamW, checkpointing, "
+        "one row (of preference one pair, of feedback one thumb) a step; adapters of rank 16, in fp32",
+        "model": options.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "device bytes": torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"
         else None,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: version(name) for name in ("spark-ft", "torch", "transformers")},
-        "settings": {
-            "layers": options.layers,
-            "steps": options.steps,
-            "dtype": str(dtype),
-            "adapters": "float32",
+        "versions": {
+            "spark_ft": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+            "cuda": torch.version.cuda,
         },
-        **measure_run(config, options.device, options.lengths, options.steps, dtype),
+        "settings": {
+            "layers": layers,
+            "steps": options.steps,
+            "method": method,
+            "task": task,
+            "dtype": str(dtype),
+        },
+        **measure_run(config, options.device, options.lengths, options.steps, dtype, method, task),
     }
     text = json.dumps(result, indent=1) + "\n"
-    name = f"{options.model}-{options.layers}-layers-{result['device'].replace(' ', '-')}.json"
+    name = f"{options.model}-{layers}-layers-{method}-{task}-{result['device'].replace(' ', '-')}.json"
     path = options.out or (MEASURED / name if device.type == "cuda" else None)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -139,11 +139,10 @@ def plan_training(
     reference = None
     if task != "sft" and method == "full":
         reference = copy.deepcopy(model).requires_grad_(False).eval()
-    # a loss for each plan, since what it keeps belongs to one run
-    losses = {"preference": preference_loss(dpo_loss), "feedback": feedback_loss(kto_loss)}
-    loss = loss or losses.get(task, sft_loss)
-    batch = _rows(batch_size, length, completion, ANSWERS.get(task, ()))
-    trace = trace_step(model, batch, loss, device, gradient_accumulation_steps > 1, reference)
+    batch = rows_of(task, batch_size, length, completion)
+    trace = trace_step(
+        model, batch, loss or loss_of(task), device, gradient_accumulation_steps > 1, reference
+    )
     settings = {
         "method": method,
         **({} if method == "full" else {"rank": rank, "adapters": _short(adapter_dtype)}),
@@ -239,15 +238,28 @@ def _model_of_shape(config, method, rank, targets, dtype, adapter_dtype) -> nn.M
     if method == "qlora":
         quantize_model(model)
     if method != "full":
-        kinds = {kind for _, kind in kinds_of(model)}
-        targets = targets or (ATTENTION if EXPERTS in kinds else ALL_LINEAR)
-        add_adapters(model, AdapterConfig("dora" if method == "dora" else "lora", rank, targets=targets))
+        adapt(model, method, rank, targets)
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.data = p.data.to(adapter_dtype)
     return model
 
 
-def _rows(rows: int, length: int, completion: int | None, answers: tuple[str, ...]) -> Batch:
+def adapt(model: nn.Module, method: str, rank: int = 16, targets: str | tuple[str, ...] | None = None):
+    """Put a method's adapters on all linear layers of a model; of a mixture of experts, on attention's."""
+    kinds = {kind for _, kind in kinds_of(model)}
+    targets = targets or (ATTENTION if EXPERTS in kinds else ALL_LINEAR)
+    return add_adapters(model, AdapterConfig("dora" if method == "dora" else "lora", rank, targets=targets))
+
+
+def loss_of(task: str) -> Loss:
+    """SFT's loss, DPO's or KTO's; a new one each time, since what it keeps belongs to one run."""
+    losses = {"preference": preference_loss(dpo_loss), "feedback": feedback_loss(kto_loss)}
+    return losses.get(task, sft_loss)
+
+
+def rows_of(task: str, rows: int, length: int, completion: int | None = None) -> Batch:
+    """The batch that `plan_training` plans: full rows that have no beginning in common."""
+    answers = ANSWERS.get(task, ())
     ids = torch.arange(length).remainder(7).repeat(rows, 1)
     ids[:, 0] = torch.arange(rows) % 7 + 1  # or their common beginning would be computed once
     begin = length - min(length, length if completion is None else completion)

@@ -25,15 +25,23 @@ def _attention_flop(query, key, value, *_, **__) -> int:
     return 4 * batch * heads * length * key[2] * width
 
 
-# torch.utils.flop_counter does not know these; the formulas are those of the products that they compute.
+def _attention_backward_flop(_, query, key, value, *__, **___) -> int:
+    """The scores once more, and the gradients of q, k, v and of the scores."""
+    return 5 * _attention_flop(query, key, value) // 2
+
+
+_ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+# torch.utils.flop_counter does not know these, or until torch 2.12 no attention in which several heads share
+# a key; the formulas are those of the products that they compute.
 _MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
     aten._grouped_mm: lambda a, b, *_, **__: 2 * a[-2] * a[-1] * b[-1],
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        5 * _attention_flop(q, k, v) // 2
-    ),
+    **{getattr(aten, f"_scaled_dot_product_{name}"): _attention_flop for name in _ATTENTIONS},
+    **{
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flop
+        for name in _ATTENTIONS
+    },
 }
 # What a value is read for where there are no values: no row lost its digits, two tensors are still equal, a
 # sum is 0.

@@ -1,5 +1,6 @@
 """NF4: weights in 4 bits, for QLoRA (Dettmers et al. 2023, arXiv:2305.14314); its bytes are bitsandbytes'."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,8 +17,8 @@ NF4_CODE = torch.tensor([
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0
 ])  # fmt: skip
 SCALE_GROUP = 256  # block scales that share one scale of their own, in double quantization
-CODED_AT_ONCE = 2**20  # numbers to quantize or dequantize at a time, so that little is needed beside them
-DENSE = {"cpu": 2**22, "cuda": 2**25}  # numbers of a weight in full precision at a time, in a product
+CODED_AT_ONCE = defaultdict(lambda: 2**24, cpu=2**20)  # numbers to quantize or dequantize at a time; GPU, CPU
+DENSE = defaultdict(lambda: 2**25, cpu=2**22)  # numbers of a weight in full precision at a time, in a product
 
 
 def _scale_code() -> Tensor:
@@ -85,7 +86,7 @@ class NF4Tensor(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight again, coarser; in the dtype of the weight that was quantized unless told otherwise."""
         flat = torch.empty(self.numel(), dtype=dtype or self.dtype, device=self.device)
-        step = CODED_AT_ONCE // self.block_size * self.block_size
+        step = CODED_AT_ONCE[self.device.type] // self.block_size * self.block_size
         for start, part in zip(range(0, len(flat), step), flat.split(step), strict=True):
             part.copy_(self._numbers(start, start + len(part)))
         return flat.view(self.shape)
@@ -100,7 +101,7 @@ class NF4Tensor(nn.Module):
 
     def rows_at_once(self) -> int:
         """How many rows a product dequantizes at a time: what `DENSE` allows on this device, at least one."""
-        return max(1, DENSE["cpu" if self.device.type == "cpu" else "cuda"] // self.shape[1])
+        return max(1, DENSE[self.device.type] // self.shape[1])
 
     def _numbers(self, start: int, stop: int) -> Tensor:
         """Numbers start … stop − 1 in fp32."""
@@ -140,7 +141,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         raise ValueError(f"block_size={block_size}; two numbers share a byte: choose an even size like 64")
     if not weight.numel():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize")
-    step = CODED_AT_ONCE // block_size * block_size
+    step = CODED_AT_ONCE[weight.device.type] // block_size * block_size
     packed, absmax = weight.new_empty(-(-weight.numel() // 2), dtype=torch.uint8), []
     for part, two_a_byte in zip(weight.reshape(-1).split(step), packed.split(step // 2), strict=True):
         blocks = F.pad(part.float(), (0, -len(part) % block_size)).view(-1, block_size)
