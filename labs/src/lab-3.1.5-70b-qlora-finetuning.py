@@ -269,7 +269,8 @@ yours.trains(
 )
 
 # %% [markdown]
-# The small gap is the scales: yours are in fp32, the package's are doubly quantized. From here on the lab uses the package.
+# The small gap is the scales: yours are in fp32, the package's are doubly quantized. Over twenty steps it grows, as it would between
+# two seeds, so ten are compared. From here on the lab uses the package.
 #
 # [bitsandbytes](https://github.com/bitsandbytes-foundation/bitsandbytes) is the library behind `load_in_4bit=True`. Its bytes against
 # yours, then against the package's:
@@ -425,8 +426,8 @@ excess = memory.show_published()
 on_gpu = memory.show_gpu_runs()
 
 # %% [markdown]
-# So the plan of 80 layers holds to a percent. Two things it does not see: torch keeps freed blocks for later, the more the longer the
-# row, and our NF4 layers unpack in many small steps. On short rows a fast GPU mostly waits for them, far above the floor.
+# The plan of 80 layers holds to a percent. The device gave somewhat more, since torch keeps freed blocks for later. And the time? Our
+# NF4 layers unpack their weights in many small steps, so on short rows a fast GPU mostly waits, far above its floor.
 
 # %% [markdown]
 # ### Before you start

@@ -45,7 +45,7 @@ from spark_ft.memory.plan import (
     rows_of,
 )
 from spark_ft.memory.shapes import known_config
-from spark_ft.memory.trace import MOMENTS, kinds_of
+from spark_ft.memory.trace import MOMENTS, Batch, Loss, kinds_of
 from spark_ft.methods.nf4 import NF4Linear
 from spark_ft.version import __version__
 
@@ -250,49 +250,27 @@ def measure_run(
         loss = loss_of(task)
         if reference is not None:
             loss.reference.model = reference
-        times, losses = [], []
         free_at_once()
         with measure(device) as memory:
-            for _ in range(steps):
-                with _timed(times, device):
-                    total, count, *_ = loss(model, batch)
-                    (total / count).backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                losses.append((total / count).item())
-        plan = plan_training(
-            config,
-            method,
-            task=task,
-            length=length,
-            completion=part,
-            dtype=dtype,
-            rank=rank,
-            device=torch.device(device).type,
-        )
-        run = {"length": length, "peak bytes": memory.peak + held}
-        if on_cuda:
-            free, total_bytes = torch.cuda.mem_get_info(device)
-            reserved = torch.cuda.memory_reserved(device)
-            run["reserved bytes"] = torch.cuda.max_memory_reserved(device)
-            run["context bytes"] = total_bytes - free - reserved
-            run["floor seconds"] = plan.floor(speed)
+            times, losses = _steps(model, optimizer, loss, batch, steps)
+        where = {"dtype": dtype, "rank": rank, "device": torch.device(device).type}
+        plan = plan_training(config, method, task=task, length=length, completion=part, **where)
+        seconds_a_step = median(times[1:] or times)
         runs.append(
             {
-                **run,
+                "length": length,
+                "peak bytes": memory.peak + held,
+                **(_of_gpu(plan, speed) if speed else {}),
                 "planned peak bytes": plan.peak,
                 "planned terms": plan.terms,
                 "worst moment": plan.where,
-                "seconds a step": median(times[1:] or times),
-                "tokens a second": length / median(times[1:] or times),
+                "seconds a step": seconds_a_step,
+                "tokens a second": length / seconds_a_step,
                 "losses": losses,
             }
         )
-        print(
-            f"{length} tokens: {run['peak bytes'] / 1e9:.2f} GB, planned {plan.peak / 1e9:.2f}, "
-            f"{runs[-1]['seconds a step']:.2f} s a step",
-            flush=True,
-        )
+        took, planned = (f"{size / 1e9:.2f} GB" for size in (runs[-1]["peak bytes"], plan.peak))
+        print(f"{length} tokens: {took}, planned {planned}, {seconds_a_step:.2f} s a step", flush=True)
     return {
         "parameters": parameters,
         "trained": sum(p.numel() for p in trained),
@@ -300,6 +278,28 @@ def measure_run(
         "seconds": seconds,
         **({"device FLOP/s": speed.flops, "device bytes a second": speed.bandwidth} if speed else {}),
         "runs": runs,
+    }
+
+
+def _steps(model: nn.Module, optimizer, loss: Loss, batch: Batch, steps: int) -> tuple[list, list]:
+    times: list[float] = []
+    losses: list[float] = []
+    for _ in range(steps):
+        with _timed(times, model.device):
+            total, count, *_ = loss(model, batch)
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append((total / count).item())
+    return times, losses
+
+
+def _of_gpu(plan: MemoryPlan, speed: Machine) -> dict[str, float]:
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "reserved bytes": torch.cuda.max_memory_reserved(),
+        "context bytes": total - free - torch.cuda.memory_reserved(),
+        "floor seconds": plan.floor(speed),
     }
 
 
@@ -329,7 +329,7 @@ def _count(model: nn.Module) -> int:
 
 
 @contextmanager
-def _timed(times: list[float], device: str) -> Iterator[None]:
+def _timed(times: list[float], device: str | torch.device) -> Iterator[None]:
     started = time.perf_counter()
     yield
     if torch.device(device).type == "cuda":

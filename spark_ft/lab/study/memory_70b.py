@@ -242,7 +242,7 @@ def show_gpu_runs() -> float:
                 "off": f"{off[-1]:+.1%}",
                 "with reserve and context (GB)": f"{from_device / 1e9:.2f}",
                 "seconds a step": f"{one['seconds a step']:.1f}",
-                "at least, by its floor": f"{one['floor seconds']:.1f}",
+                "floor (seconds)": f"{one['floor seconds']:.1f}",
             }
         )
     where = f"{run['device']}, {run['date']}, torch {run['versions']['torch']}"
